@@ -1,0 +1,21 @@
+"""Package layout: the three top-level folders are mapped into the import package, the rest is in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+MAPPED = {
+    "tvm_vitq.relax_passes": "relax_passes",
+    "tvm_vitq.schedules": "schedules",
+    "tvm_vitq.tuning_logs": "tuning_logs",
+    "tvm_vitq.deploy": "runtime",
+}
+
+setup(
+    packages=find_packages(include=["tvm_vitq", "tvm_vitq.*"]) + list(MAPPED),
+    package_dir=MAPPED,
+    package_data={
+        "tvm_vitq": ["py.typed"],
+        "tvm_vitq.refmodels": ["data/*"],
+        "tvm_vitq.tuning_logs": ["**/*.json", "**/*.md"],
+        "tvm_vitq.deploy": ["*.cc", "*.h", "*.md", "CMakeLists.txt"],
+    },
+)

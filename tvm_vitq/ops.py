@@ -1,0 +1,143 @@
+"""The Relax operators of this package: canonical float ones, and the integer ones that realize makes of them.
+
+Every operator carries its parameters as attributes (plain numbers and strings) and names its layer in `site`.
+Type inference is registered here, once, so that a wrong graph is refused when it is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.ir.op import Op, register_op_attr
+
+from tvm_vitq.errors import VitqError
+
+Shape = list[int]
+
+
+def shape_of(expr: relax.Expr) -> Shape:
+    """The static shape of a tensor expression."""
+    return [int(v) for v in expr.ty.shape]
+
+
+def dtype_of(expr: relax.Expr) -> str:
+    return str(expr.ty.dtype)
+
+
+def attrs(call: relax.Call) -> dict[str, Any]:
+    """A call's attributes as plain Python values."""
+    found: dict[str, Any] = {}
+    if call.attrs is None:
+        return found
+    for key in call.attrs.keys():
+        found[str(key)] = _plain(call.attrs[key])
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, (tvm.tirx.IntImm, tvm.tirx.FloatImm)):
+        return value.value
+    if isinstance(value, (list, tuple, tvm.ir.Array)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def call(name: str, args: list[relax.Expr], **attributes: Any) -> relax.Call:
+    """A call of one of our operators, e.g. ``call("vitq.linear", [x, w, b], site="head")``."""
+    return relax.Call(Op.get(name), args, tvm.ir.make_node("ir.DictAttrs", **attributes))
+
+
+def op_name(expr: relax.Expr) -> str:
+    """Name of the operator that a call calls; empty for anything else."""
+    return expr.op.name if isinstance(expr, relax.Call) and isinstance(expr.op, Op) else ""
+
+
+def is_ours(expr: relax.Expr) -> bool:
+    return op_name(expr).startswith("vitq.")
+
+
+def _register(name: str, about: str, arguments: list[str], infer: Callable[[relax.Call], tuple[Shape, str]]) -> None:
+    tvm.get_global_func("ir.RegisterOp")(name, about)
+    op = Op.get(name)
+    op.set_num_inputs(-1)
+    for argument in arguments:
+        op.add_argument(argument, "Tensor", argument)
+
+    def infer_type(node: relax.Call, ctx: Any = None) -> relax.TensorType:
+        shape, dtype = infer(node)
+        return relax.TensorType(shape, dtype)
+
+    register_op_attr(name, "FInferType", infer_type)
+    register_op_attr(name, "FPurity", True)
+
+
+def _need(condition: bool, node: relax.Call, expected: str) -> None:
+    if not condition:
+        got = ", ".join(f"{dtype_of(a)}{shape_of(a)}" for a in node.args)
+        raise VitqError(f"{op_name(node)} has unfitting operands", where=attrs(node).get("site"), got=got, expected=expected)
+
+
+def _same(node: relax.Call) -> tuple[Shape, str]:
+    return shape_of(node.args[0]), dtype_of(node.args[0])
+
+
+def _linear(node: relax.Call) -> tuple[Shape, str]:
+    x, w, b = (shape_of(a) for a in node.args[:3])
+    _need(len(w) == 2 and x[-1] == w[1] and b == [w[0]], node, "x[..., K], weight[N, K], bias[N]")
+    return [*x[:-1], w[0]], attrs(node).get("out_dtype", "float32")
+
+
+def _layer_norm(node: relax.Call) -> tuple[Shape, str]:
+    x, g, b = (shape_of(a) for a in node.args[:3])
+    _need(g == b == [x[-1]], node, "x[..., C], gamma[C], beta[C]")
+    return x, attrs(node).get("out_dtype", "float32")
+
+
+def _attention(node: relax.Call) -> tuple[Shape, str]:
+    q, k, v = (shape_of(a) for a in node.args[:3])
+    fits = len(q) == len(k) == len(v) == 4 and q[:2] == k[:2] == v[:2] and q[3] == k[3] and k[2] == v[2]
+    _need(fits, node, "q[B, H, Tq, D], k[B, H, Tk, D], v[B, H, Tk, Dv]")
+    return [*q[:3], v[3]], attrs(node).get("out_dtype", "float32")
+
+
+def _mean(node: relax.Call) -> tuple[Shape, str]:
+    x, axis = shape_of(node.args[0]), attrs(node)["axis"]
+    return x[:axis] + x[axis + 1 :], attrs(node).get("out_dtype", "float32")
+
+
+def _converted(node: relax.Call) -> tuple[Shape, str]:
+    return shape_of(node.args[0]), attrs(node)["out_dtype"]
+
+
+def _binary(node: relax.Call) -> tuple[Shape, str]:
+    a, b = shape_of(node.args[0]), shape_of(node.args[1])
+    out = [max(x, y) for x, y in zip(a, [1] * (len(a) - len(b)) + b, strict=True)]
+    return out, attrs(node)["out_dtype"]
+
+
+# Canonical float operators
+_register("vitq.linear", "x @ weight.T + bias", ["x", "weight", "bias"], _linear)
+_register("vitq.layer_norm", "LayerNorm over the last axis", ["x", "gamma", "beta"], _layer_norm)
+_register("vitq.activation", "elementwise function `kind`", ["x"], _same)
+_register("vitq.attention", "kind(scale * q @ k.T + sum(additive)) @ v", ["q", "k", "v"], _attention)
+_register("vitq.mean", "mean over `axis`, which is removed", ["x"], _mean)
+_register("vitq.quantize", "puts the plan's quantizer `site` on a tensor", ["x"], _same)
+
+# Integer operators; their semantics are the functions of the same name in tvm_vitq/numerics.py
+_register("vitq.int_quantize", "float32 to codes", ["x"], _converted)
+_register("vitq.int_dequantize", "integers to float32", ["x"], _converted)
+_register("vitq.int_requantize", "integers to other integers", ["x", "multiplier"], _converted)
+_register("vitq.int_linear", "x @ weight.T + bias, requantized", ["x", "weight", "bias", "multiplier"], _linear)
+_register("vitq.int_lookup", "table[x]", ["x", "table"], _converted)
+_register("vitq.int_add", "saturating a + b", ["a", "b"], _binary)
+_register("vitq.int_multiply", "a * b, requantized", ["a", "b"], _binary)
+_register("vitq.int_layer_norm", "integer LayerNorm, requantized", ["x", "gain", "offset"], _layer_norm)
+_register("vitq.int_attention", "integer attention", ["q", "k", "v"], _attention)
+_register("vitq.int_mean", "integer mean", ["x"], _mean)
