@@ -253,21 +253,30 @@ def int_layer_norm(x: Array, gain: Array, offset: Array, *, shift: int, epsilon:
     return np.clip((n * gain + offset) >> shift, out.qmin, out.qmax).astype(out.dtype)
 
 
-def int_exp2(d: Array) -> Array:
-    """``2**-(d / 2**SCORE_BITS)`` in 2**-EXP_BITS for int32 d >= 0, by a cubic in the fraction and a shift."""
+def exp2_guard_bits(terms: int) -> int:
+    """Extra fraction bits of the exponentials in a sum of `terms`, as many as int32 has room for, at most 8.
+
+    Cutting off each exponential makes the sum too small by at most ``terms * 2**-(EXP_BITS + guard)``.
+    """
+    return min(8, 31 - EXP_BITS - terms.bit_length())
+
+
+def int_exp2(d: Array, guard: int) -> Array:
+    """``2**-(d / 2**SCORE_BITS)`` in 2**-(EXP_BITS + guard), int32 d >= 0: a cubic in the fraction, then a shift."""
     c0, c1, c2, c3 = EXP2_COEFFICIENTS
     f = d & (2**SCORE_BITS - 1)
     e = c2 - ((f * c3) >> SCORE_BITS)
     e = c1 - ((f * e) >> SCORE_BITS)
     e = c0 - ((f * e) >> SCORE_BITS)
-    return e >> np.minimum(d >> SCORE_BITS, 31)
+    return (e << guard) >> np.minimum(d >> SCORE_BITS, 31)
 
 
 @dataclass(frozen=True)
 class Probabilities:
     """Quantizer of attention probabilities inside the attention operator.
 
-    softmax: ``p = min((e * (numerator // sum(e)) + 2**(shift-1)) >> shift, qmax)``, numerator = round(2**shift / scale)
+    softmax: ``F = numerator // (sum(e) >> guard)``; ``p = min(((e >> guard) * F + 2**(shift-1)) >> shift, qmax)``,
+    numerator = round(2**shift / scale), e in 2**-(EXP_BITS + guard)
     sigmoid: ``p = table[clip((t + 2**(s-1)) >> s, +-2**13) + 2**13]``, table : uint8 [2**SIGMOID_BITS]
     """
 
@@ -275,6 +284,7 @@ class Probabilities:
     qmax: int
     numerator: int = 0
     shift: int = 0
+    guard: int = 0
     table: Array | None = None
 
 
@@ -284,9 +294,9 @@ SIGMOID_SHIFT = SCORE_BITS + 5 - SIGMOID_BITS
 def int_probabilities(t: Array, probs: Probabilities) -> Array:
     """uint8 codes of softmax or sigmoid of base-2 scores t (int32, 2**-SCORE_BITS), over the last axis."""
     if probs.kind == "softmax":
-        e = int_exp2(t.max(-1, keepdims=True) - t)
-        factor = probs.numerator // e.sum(-1, keepdims=True, dtype=np.int32)
-        p = (e * factor + (1 << (probs.shift - 1))) >> probs.shift
+        e = int_exp2(t.max(-1, keepdims=True) - t, probs.guard)
+        factor = probs.numerator // (e.sum(-1, keepdims=True, dtype=np.int32) >> probs.guard)
+        p = ((e >> probs.guard) * factor + (1 << (probs.shift - 1))) >> probs.shift
         return np.minimum(p, probs.qmax).astype(np.uint8)
     assert probs.table is not None  # by construction in realize
     half = 2 ** (SIGMOID_BITS - 1)
