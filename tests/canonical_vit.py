@@ -20,7 +20,7 @@ class GraphBuilder:
     def emit(self, expr: relax.Expr, name: str) -> relax.Var:
         return self.block.emit(expr, name_hint=name)
 
-    def constant(self, *shape: int, std: float = 0.02, mean: float = 0.0) -> relax.Constant:
+    def constant(self, *shape: int, std: float = 0.02, mean: float = 0.0) -> tvm.ir.GenericConst:
         return relax.const(self.rng.normal(mean, std, shape).astype("float32"))
 
     def linear(self, x: relax.Expr, width: int, site: str, std: float | None = None) -> relax.Var:
