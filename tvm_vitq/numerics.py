@@ -111,6 +111,11 @@ def int_quantize(x: Array, inverse_scale: Array | float, zero_point: Array | int
     return np.clip(round_multiply(x, np.float32(inverse_scale)) + zero_point, out.qmin, out.qmax).astype(out.dtype)
 
 
+def int_requantize(x: Array, multiplier: Array, zero_point: Array, input_zero: Array, out: Output) -> Array:
+    """One integer format into another: requantize(x - input_zero); all operands broadcast over x."""
+    return requantize(x.astype(np.int32) - input_zero, multiplier, zero_point, out)
+
+
 def int_dequantize(x: Array, scale: Array | float, zero_point: Array | int) -> Array:
     """``float32(x - zero_point) * scale``."""
     return (x.astype(np.int32) - zero_point).astype(np.float32) * np.asarray(scale, np.float32)

@@ -1,0 +1,106 @@
+"""Integer formats of tensors: what number an integer stands for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from tvm_vitq.errors import VitqError
+from tvm_vitq.numerics import INDEX_BITS, WIDE_MAX, Array
+
+WIDE_TARGET_BITS = 21
+"""The largest calibrated value of a wide tensor is put just below 2**21, which leaves a factor of 8 before the limit
+2**24 for inputs that exceed the calibration set."""
+
+GATE_MAX = 2**15 - 1
+"""Largest value of the operands of an elementwise product: the product of two fits int32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Format:
+    """``real = scale * (integer - zero_point)`` for integers in qmin..qmax of the given dtype.
+
+    `scale` and `zero_point` are numbers, or arrays that lie along the axis which `granularity` names:
+    "tensor", "channel" (last axis), "group" (equal parts of the last axis), "token" (axis before it), "head" (axis 1
+    of [B, H, T, D]).
+    """
+
+    dtype: str
+    scale: Array
+    zero_point: Array
+    qmin: int
+    qmax: int
+    granularity: str = "tensor"
+
+    @property
+    def key(self) -> tuple:
+        """Equal for formats that store equal values as equal integers."""
+        return (
+            self.dtype,
+            self.scale.tobytes(),
+            self.zero_point.tobytes(),
+            self.qmin,
+            self.qmax,
+            self.granularity,
+        )
+
+    @property
+    def is_wide(self) -> bool:
+        return self.dtype == "int32"
+
+    def broadcast(self, shape: list[int]) -> tuple[Array, Array]:
+        """Scale and zero point shaped so that they broadcast over a tensor of `shape`."""
+        return tuple(_along(v, self.granularity, shape) for v in (self.scale, self.zero_point))  # type: ignore[return-value]
+
+    def encode(self, real: Array) -> Array:
+        """Integers of a float tensor, in float64 arithmetic: for constants and tables at build time."""
+        scale, zero = self.broadcast(list(np.shape(real)))
+        codes = np.rint(np.asarray(real, np.float64) / scale) + zero
+        return np.clip(codes, self.qmin, self.qmax).astype(self.dtype)
+
+
+def _along(value: Array, granularity: str, shape: list[int]) -> Array:
+    if value.size == 1:
+        return value.reshape(())
+    if granularity == "channel":
+        return value
+    if granularity == "group":
+        return np.repeat(value, shape[-1] // value.size)
+    if granularity == "token":
+        return value[:, None]
+    if granularity == "head":
+        return value[:, None, None]
+    raise VitqError("unknown granularity", got=granularity, expected="tensor, channel, group, token or head")
+
+
+def scalar_format(dtype: str, scale: float, zero_point: int, qmin: int, qmax: int) -> Format:
+    return Format(dtype, np.array(scale, np.float64), np.array(zero_point, np.int32), qmin, qmax)
+
+
+def wide_format(largest: float) -> Format:
+    """Fixed point with the finest power-of-two unit that keeps `largest` below 2**WIDE_TARGET_BITS."""
+    exponent = WIDE_TARGET_BITS - math.frexp(max(largest, 2.0**-20))[1]
+    return scalar_format("int32", 2.0**-exponent, 0, -WIDE_MAX, WIDE_MAX)
+
+
+def gate_format(largest: float) -> Format:
+    """16-bit fixed point for a factor of an elementwise product."""
+    return scalar_format("int16", max(largest, 1e-6) / GATE_MAX, 0, -GATE_MAX, GATE_MAX)
+
+
+def index_format(low: float, high: float) -> Format:
+    """Positions in a function table over [low, high]; 0 is one of the tabulated arguments when it lies inside."""
+    step = (high - low) / (2**INDEX_BITS - 1)
+    return scalar_format("uint16", step, round(-low / step), 0, 2**INDEX_BITS - 1)
+
+
+def codes_format(bits: int, scale: list[float], zero_point: list[int], granularity: str) -> Format:
+    """Centred codes of an unsigned b-bit quantizer: ``q - 2**(bits-1)``."""
+    centre = 2 ** (bits - 1)
+    zero = np.asarray(zero_point, np.int32) - centre
+    values = np.asarray(scale, np.float64)
+    if values.size == 1:
+        values, zero, granularity = values.reshape(()), zero.reshape(()), "tensor"
+    return Format("int8", values, zero, -centre, centre - 1, granularity)

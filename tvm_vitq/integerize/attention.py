@@ -1,0 +1,84 @@
+"""Integer constants of attention."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from tvm_vitq.errors import VitqError
+from tvm_vitq.formats import Format
+from tvm_vitq.integerize.activation import sigmoid_table
+from tvm_vitq.integerize.headroom import INT32_MAX, require
+from tvm_vitq.numerics import SCORE_BITS, Array, Probabilities, exp2_guard_bits
+
+ADDITIVE_MAX = 2**26
+"""Limit of additive scores: as base-2 exponents +-2**14, beyond which a probability is 0 anyway."""
+
+
+@dataclass(frozen=True)
+class AttentionConstants:
+    """Operands of numerics.int_attention; arrays are over the heads."""
+
+    score_multiplier: Array
+    multiplier: Array
+    zero_q: Array
+    zero_k: Array
+    zero_v: Array
+    probabilities: Probabilities
+
+
+def _per_head(value: Array, heads: int, dtype: type) -> Array:
+    return np.broadcast_to(np.asarray(value), (heads,)).astype(dtype)
+
+
+def probabilities(kind: str, bits: int, scale: float, keys: int, site: str) -> Probabilities:
+    """Quantizer of probabilities with step `scale`, ``0 <= code <= 2**bits - 1``."""
+    qmax = 2**bits - 1
+    if kind == "sigmoid":
+        return Probabilities("sigmoid", qmax, table=sigmoid_table(scale, qmax))
+    if kind != "softmax":
+        raise VitqError("unknown kind of attention", where=site, got=kind, expected="softmax or sigmoid")
+    shift = math.floor(math.log2(INT32_MAX / (1 / scale + 0.5)))
+    guard = exp2_guard_bits(keys)
+    if guard < 0:
+        raise VitqError(
+            "too many keys for the integer softmax", where=site, got=keys, expected="at most 32767 tokens"
+        )
+    return Probabilities("softmax", qmax, round(2**shift / scale), shift, guard)
+
+
+def attention_constants(
+    q: Format,
+    k: Format,
+    v: Format,
+    out: Format,
+    probs: Probabilities,
+    probs_scale: float,
+    *,
+    heads: int,
+    depth: int,
+    keys: int,
+    scale: float,
+    site: str,
+) -> AttentionConstants:
+    """``score_multiplier = s_q s_k scale log2(e) 2**SCORE_BITS``, ``multiplier = s_p s_v / s_out``, per head."""
+    require(255.0 * 255 * depth, site, "q @ k", "use fewer channels per head")
+    require(255.0 * 255 * keys, site, "probabilities @ v", "use fewer tokens")
+    score = q.scale * k.scale * scale * math.log2(math.e) * 2.0**SCORE_BITS
+    return AttentionConstants(
+        _per_head(score, heads, np.float32),
+        _per_head(probs_scale * v.scale / out.scale, heads, np.float32),
+        *(_per_head(f.zero_point, heads, np.int32) for f in (q, k, v)),
+        probs,
+    )
+
+
+def additive_scores(value: Array) -> Array:
+    """Additive attention term in base-2 fixed point; -inf becomes the most negative score."""
+    return np.clip(
+        np.rint(np.nan_to_num(value.astype(np.float64), neginf=-1e9) * math.log2(math.e) * 2**SCORE_BITS),
+        -ADDITIVE_MAX,
+        ADDITIVE_MAX,
+    ).astype(np.int32)

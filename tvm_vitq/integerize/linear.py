@@ -1,0 +1,119 @@
+"""Integer constants of a linear layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tvm_vitq.errors import VitqError
+from tvm_vitq.formats import WIDE_TARGET_BITS, Format
+from tvm_vitq.integerize.headroom import linear_bound, require
+from tvm_vitq.numerics import Array, Partial
+
+OFFSET_CODES = 128
+"""x86 dot products need unsigned codes, so kernels may add 128 to each; headroom is proved for that as well."""
+
+
+@dataclass(frozen=True)
+class LinearConstants:
+    """Operands of numerics.int_linear; see there for shapes."""
+
+    weight: Array
+    bias: Array
+    multiplier: Array
+    zero_point: Array
+    partial: Partial | None
+
+
+def linear_constants(
+    weight: Array,
+    bias: Array,
+    weight_scale: Array,
+    weight_max: int,
+    x: Format,
+    out: Format | None,
+    largest: float,
+    site: str,
+) -> LinearConstants:
+    """Quantize a layer ``y = x @ weight.T + bias``.
+
+    Parameters
+    ----------
+    weight : float [N, K];  bias : float [N]
+    weight_scale : float [N, G], one scale per output channel and group of K / G input channels
+    weight_max : largest weight code; codes are in -weight_max .. weight_max
+    x : format of the input codes
+    out : format of the output; its scale and zero point may be arrays over N. None: float32 logits
+    largest : largest calibrated \\|y\\|, used for the unit of sums with scales inside
+
+    With one scale for x and one per output channel the sum is ``dot + bias_q - zero_x * sum_k w``, and requantization
+    multiplies by ``s_x s_w / s_out``. Otherwise see numerics.Partial.
+    """
+    scale = np.repeat(weight_scale, weight.shape[1] // weight_scale.shape[1], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.where(scale > 0, np.rint(weight / scale), 0.0)
+    w = np.clip(codes, -weight_max, weight_max).astype(np.int8)
+    plain = weight_scale.shape[1] == 1 and x.granularity in ("tensor", "channel")
+    if x.granularity == "channel":
+        raise VitqError(
+            "input scales per channel must be folded into the weights before the layer is realized",
+            where=site,
+            fix="calibrate with a recipe that folds them (percentile does), or with granularity 'tensor'",
+        )
+    out_scale = 1.0 if out is None else out.scale
+    zero_point = np.zeros(1, np.int32) if out is None else np.atleast_1d(out.zero_point).astype(np.int32)
+    if plain:
+        unit = np.maximum(x.scale * weight_scale[:, 0], 1e-30)
+        integer_bias = np.rint(bias / unit) - int(x.zero_point) * w.astype(np.int64).sum(1)
+        _prove(w, integer_bias, x, site)
+        multiplier = (unit / out_scale).astype(np.float32)
+        return LinearConstants(w, integer_bias.astype(np.int32), multiplier, zero_point, None)
+    unit_sum = largest * 2.0**-WIDE_TARGET_BITS
+    partial = _partial(w, weight_scale, x, unit_sum, site)
+    integer_bias = np.rint(bias / unit_sum)
+    require(
+        float(np.abs(integer_bias).max()) + len(partial.multiplier) * 2.0**24,
+        site,
+        "the bias",
+        "use wider weights",
+    )
+    multiplier = np.atleast_1d(unit_sum / np.asarray(out_scale)).astype(np.float32)
+    return LinearConstants(w, integer_bias.astype(np.int32), multiplier, zero_point, partial)
+
+
+def _prove(w: Array, bias: Array, x: Format, site: str) -> None:
+    low, high = min(x.qmin, x.qmin + OFFSET_CODES), x.qmax + OFFSET_CODES
+    shifted = bias - OFFSET_CODES * w.astype(np.int64).sum(1)
+    bound = max(linear_bound(w, bias, x.qmin, x.qmax), linear_bound(w, shifted, low, high))
+    require(
+        bound, site, "the layer", "use fewer bits for its input or weight, or a wider range for its weight"
+    )
+
+
+def _partial(w: Array, weight_scale: Array, x: Format, unit: float, site: str) -> Partial:
+    groups = max(weight_scale.shape[1], x.scale.size if x.granularity == "group" else 1)
+    depth = w.shape[1]
+    inner = weight_scale.shape[1], x.scale.size if x.granularity == "group" else 1
+    if depth % groups or any(groups % n for n in inner):
+        raise VitqError(
+            "groups of inputs and of weights do not fit each other",
+            where=site,
+            got=f"{depth} input channels, {inner[1]} groups of the input, {inner[0]} of the weight",
+            expected="numbers of groups that divide each other and the channels",
+        )
+    sums = w.astype(np.int64).reshape(len(w), groups, -1).sum(-1).T
+    by_weight = np.repeat(weight_scale.T, groups // inner[0], axis=0)
+    if x.granularity == "token":
+        row = np.atleast_1d(x.scale)
+        middle = float(np.exp(np.log(row).mean()))
+        return Partial(
+            (by_weight * middle / unit).astype(np.float32),
+            np.zeros((groups, len(w)), np.int32),
+            (row / middle).astype(np.float32),
+            np.atleast_1d(x.zero_point).astype(np.int32),
+            sums.astype(np.int32),
+        )
+    by_input = np.repeat(np.atleast_1d(x.scale), groups // inner[1])[:, None]
+    zero = np.repeat(np.atleast_1d(x.zero_point), groups // inner[1])[:, None]
+    return Partial((by_weight * by_input / unit).astype(np.float32), (-zero * sums).astype(np.int32))
