@@ -43,7 +43,7 @@ def realize(mod: tvm.IRModule, plan: QuantPlan) -> tvm.IRModule:
     return _Realizer(mod, plan).run()
 
 
-def const(value: Array) -> relax.Constant:
+def const(value: Array) -> relax.Expr:
     return relax.const(np.ascontiguousarray(value))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from tvm import relax
+from tvm.ir.expr import GenericConst
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
@@ -14,12 +15,12 @@ from tvm_vitq.ops import op_name, shape_of
 
 
 def is_constant(expr: relax.Expr) -> bool:
-    return hasattr(expr, "data") and not isinstance(expr, relax.Var) and not isinstance(expr, relax.Call)
+    return isinstance(expr, GenericConst)
 
 
 def value_of(constant: relax.Expr) -> Array:
     """A constant's value as a NumPy array."""
-    return constant.data.numpy()
+    return constant.value.numpy()
 
 
 def _ints(tuple_expr: relax.Expr) -> list[int]:
