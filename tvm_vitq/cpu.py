@@ -10,6 +10,8 @@ only (AES, SHA, AMX) are left out, so a library is not refused for an instructio
 from __future__ import annotations
 
 import functools
+import math
+import os
 import platform
 import re
 from dataclasses import dataclass
@@ -94,6 +96,27 @@ def kernel_flags(arch: str, llvm_features: frozenset[str]) -> tuple[str, ...]:
     """The kernel's names of those LLVM features that code may depend on, sorted; raises nothing."""
     table = KERNEL_NAME[arch]
     return tuple(sorted({table[name] for name in llvm_features if name in table}))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: one per set of hardware threads, within mask and quota."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    cores = {
+        _first_line(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") or n for n in allowed
+    }
+    quota, _, period = _first_line("/sys/fs/cgroup/cpu.max").partition(" ")
+    limit = math.ceil(int(quota) / int(period)) if quota.isdigit() and period.isdigit() else len(cores)
+    return max(1, min(len(cores), limit))
+
+
+def _first_line(path: str) -> str:
+    """Of a small file of the kernel, empty where there is none."""
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
 
 
 @functools.lru_cache(maxsize=1)

@@ -43,6 +43,8 @@ class Setting(Generic[Value]):
 DEBUG = Setting("VITQ_DEBUG", 0, "1: chosen target, 2: kernels, 3: TIR of each kernel, 4: generated assembly")
 DUMP = Setting("VITQ_DUMP", "", "folder that receives the module after every pass")
 VERIFY = Setting("VITQ_VERIFY", 0, "1: check attributes, dtypes and headroom after every pass")
-THREADS = Setting("VITQ_NUM_THREADS", 0, "threads of a compiled library; 0: what TVM chooses")
+THREADS = Setting(
+    "VITQ_NUM_THREADS", 0, "threads of a compiled library; 0: -num-cores of its target, else one per core"
+)
 
 ALL: tuple[Setting, ...] = (DEBUG, DUMP, VERIFY, THREADS)

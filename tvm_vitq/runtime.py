@@ -1,0 +1,265 @@
+"""Compiled libraries: run, measure, export, load.
+
+Loading needs TVM's runtime and NumPy only, neither the compiler nor torch (see ffi.py). A library is always
+a file: a freshly compiled one is linked into a temporary folder when first run or exported, so there is one
+way to load.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvm_vitq import cpu, ffi, library_format, linker, settings
+from tvm_vitq.errors import VitqError
+from tvm_vitq.library_format import LibraryInfo
+
+ALIGNMENT = 64
+"""Bytes: TVM's vector loads assume it of every tensor (kAllocAlignment), NumPy promises only 16."""
+
+_CPU, _POOLED = 1, 2  # kDLCPU; AllocatorType::kPooled
+
+
+class Library:
+    """A compiled model. Call it with images, get logits.
+
+    Made by `tvm_vitq.compile`, `tvm_vitq.build` or `load_library`. Calls from several threads are serialized.
+
+    Attributes
+    ----------
+    info : model, target, shapes and versions (`LibraryInfo`).
+    report : the build report, plain data.
+    executable : the `tvm.relax.VMExecutable` of a freshly compiled library, None of a loaded one.
+    num_threads : threads per call; 0 leaves it to VITQ_NUM_THREADS, then to the target's -num-cores, then
+        takes one per usable core. May be assigned at any time. Results do not depend on it.
+    """
+
+    def __init__(
+        self,
+        info: LibraryInfo,
+        *,
+        file: Path | None = None,
+        executable: Any = None,
+        num_threads: int = 0,
+    ) -> None:
+        if (file is None) == (executable is None):
+            raise ValueError("a library is made from a file or from an executable")
+        self.info = info
+        self.executable = executable
+        self.num_threads = _checked_threads(num_threads)
+        self._file = file
+        self._main: Callable[[Any], Any] | None = None
+        self._vm: Any = None
+        self._lock = threading.RLock()
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """The build report: integer coverage, kernels, sizes, warnings."""
+        return self.info.report
+
+    def __call__(self, x: Any) -> np.ndarray:
+        """Logits of a batch.
+
+        Parameters
+        ----------
+        x : (N, 3, H, W) float32, NumPy array or CPU torch tensor, normalized; exactly the shape of the build.
+
+        Returns
+        -------
+        (N, classes) float32.
+
+        Raises
+        ------
+        VitqError : wrong type, shape or dtype; NaN or infinity; a library for another machine.
+        """
+        images = self._checked_input(x)
+        with self._lock:
+            main = self._loaded()
+            ffi.use_threads(self._threads())
+            result = main(ffi.runtime().from_dlpack(images))
+            # A copy: the runtime's allocator takes the memory back with the next call.
+            return np.array(np.from_dlpack(result), dtype=np.float32)
+
+    def benchmark(
+        self, x: Any = None, *, repeat: int | None = None, min_seconds: float = 1.0
+    ) -> dict[str, float | int]:
+        """Latency of one call by wall clock, input already in memory.
+
+        Parameters
+        ----------
+        x : a batch as for a call; random images if None.
+        repeat : number of timed runs; None runs for `min_seconds` and at least 10 times. Three runs before
+            them are not counted.
+
+        Returns
+        -------
+        median_ms, mean_ms, min_ms, p10_ms, p90_ms, images_per_second (from the median), runs, batch, threads.
+
+        Raises
+        ------
+        VitqError : as a call does; repeat below 1.
+        """
+        if repeat is not None and repeat < 1:
+            raise VitqError("repeat is too small", where="benchmark", got=repeat, expected="1 or more")
+        if x is None:
+            x = np.random.default_rng(0).standard_normal(self.info.input_shape, dtype=np.float32)
+        images = self._checked_input(x)
+        with self._lock:
+            main = self._loaded()
+            threads = self._threads()
+            ffi.use_threads(threads)
+            tensor = ffi.runtime().from_dlpack(images)
+            for _ in range(3):
+                main(tensor)
+            seconds: list[float] = []
+            end = time.perf_counter() + min_seconds
+            while len(seconds) < (repeat or 10) or (repeat is None and time.perf_counter() < end):
+                start = time.perf_counter()
+                main(tensor)
+                seconds.append(time.perf_counter() - start)
+        low, median, high = (1e3 * float(value) for value in np.percentile(seconds, [10, 50, 90]))
+        return {
+            "median_ms": median,
+            "mean_ms": 1e3 * float(np.mean(seconds)),
+            "min_ms": 1e3 * min(seconds),
+            "p10_ms": low,
+            "p90_ms": high,
+            "images_per_second": 1e3 * self.info.input_shape[0] / median,
+            "runs": len(seconds),
+            "batch": self.info.input_shape[0],
+            "threads": threads,
+        }
+
+    def export_library(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the library as one file, whole or not at all, for `load_library` and runtime/vitq_run.cc.
+
+        Raises
+        ------
+        VitqError : the file cannot be written, or linking failed.
+        """
+        with self._lock:
+            source = self._linked()
+        target = Path(path)
+        if target.exists() and target.samefile(source):
+            return target
+        with library_format.written_whole(target) as part:
+            shutil.copyfile(source, part)
+        return target
+
+    def __repr__(self) -> str:
+        return f"<Library {self.info.model} {self.info.input_shape} for {self.info.target.key}>"
+
+    def _threads(self) -> int:
+        asked = self.num_threads or _checked_threads(settings.THREADS.value) or self.info.target.threads
+        return asked or cpu.usable_cores()
+
+    def _checked_input(self, x: Any) -> np.ndarray:
+        """`x` as a contiguous, aligned float32 array of the library's shape."""
+        if hasattr(x, "detach") and hasattr(x, "cpu"):  # torch, which need not be installed
+            x = x.detach().cpu().numpy()
+        expected = f"float32 {self.info.input_shape}"
+        if not isinstance(x, np.ndarray):
+            raise VitqError(
+                "input has the wrong type",
+                where="input",
+                got=type(x).__name__,
+                expected=f"array of {expected}",
+            )
+        if x.dtype != np.float32:
+            fix = "normalize the images, then convert: x.astype(numpy.float32)"
+            raise VitqError(
+                "input has the wrong dtype", where="input", got=x.dtype, expected=expected, fix=fix
+            )
+        if x.shape != self.info.input_shape:
+            batched = x.ndim == 4 and x.shape[1:] == self.info.input_shape[1:]
+            raise VitqError(
+                "input has the wrong shape",
+                where="input",
+                got=x.shape,
+                expected=self.info.input_shape,
+                fix="the batch size is fixed at build: split or pad the batch, or build with another batch="
+                if batched
+                else "resize and crop the images to the shape that the library was built for",
+            )
+        aligned = _aligned(x.shape)
+        np.copyto(aligned, x)
+        if not np.isfinite(aligned).all():
+            bad = int(np.size(aligned) - np.isfinite(aligned).sum())
+            raise VitqError("input has NaN or infinity", where="input", got=f"{bad} such values")
+        return aligned
+
+    def _linked(self) -> Path:
+        """The library's file, linked now if it was not yet."""
+        if self._file is None:
+            try:
+                folder = Path(tempfile.mkdtemp(prefix="tvm-vitq-"))
+                # A finalizer rather than __del__: it also runs when the interpreter exits.
+                weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+                linker.export(self.executable, folder / "bare.so")
+                library_format.write(folder / "library.so", folder / "bare.so", self.info)
+                (folder / "bare.so").unlink()
+            except OSError as error:
+                raise VitqError(
+                    "cannot link the library in the folder for temporary files",
+                    where=tempfile.gettempdir(),
+                    got=error.strerror,
+                    fix="free some space, or set TMPDIR to another folder",
+                ) from error
+            self._file = folder / "library.so"
+        return self._file
+
+    def _loaded(self) -> Callable[[Any], Any]:
+        """The function "main" of the library's virtual machine, loaded now if it was not yet."""
+        if self._main is None:
+            library_format.check_runs_here(self.info, self.info.model if self.executable else self._file)
+            module = ffi.runtime().load_module(str(self._linked().resolve()))
+            self._vm = module["vm_load_executable"]()
+            self._vm["vm_initialization"](_CPU, 0, _POOLED)
+            self._main = self._vm["main"]
+        return self._main
+
+
+def load_library(path: str | os.PathLike[str], *, num_threads: int = 0) -> Library:
+    """Loads a file written by `export_library`; needs neither torch nor TVM's compiler.
+
+    Parameters
+    ----------
+    path : the file.
+    num_threads : threads per call, see `Library`.
+
+    Raises
+    ------
+    VitqError : no such file; truncated, damaged or foreign; of another format version; for another CPU.
+    """
+    file = Path(path)
+    info = library_format.read(file)
+    library_format.check_runs_here(info, file)
+    return Library(info, file=file, num_threads=num_threads)
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """An uninitialized float32 array whose data lie on a multiple of ALIGNMENT."""
+    count = int(np.prod(shape)) * 4
+    raw = np.empty(count + ALIGNMENT, dtype=np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + count].view(np.float32).reshape(shape)
+
+
+def _checked_threads(count: int) -> int:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise VitqError(
+            "number of threads is not a whole number of 0 or more",
+            where=f"num_threads or {settings.THREADS.name}",
+            got=count,
+            expected="0 (one per core) or a count",
+        )
+    return count
