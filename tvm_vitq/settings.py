@@ -46,5 +46,6 @@ VERIFY = Setting("VITQ_VERIFY", 0, "1: check attributes, dtypes and headroom aft
 THREADS = Setting(
     "VITQ_NUM_THREADS", 0, "threads of a compiled library; 0: -num-cores of its target, else one per core"
 )
+CACHE = Setting("VITQ_CACHE", "", "folder for downloads that can be made again; default ~/.cache/tvm-vitq")
 
-ALL: tuple[Setting, ...] = (DEBUG, DUMP, VERIFY, THREADS)
+ALL: tuple[Setting, ...] = (DEBUG, DUMP, VERIFY, THREADS, CACHE)
