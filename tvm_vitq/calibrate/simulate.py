@@ -1,4 +1,6 @@
-"""Float fake-quantization of a plan: what the integer program approximates, without its fixed-point interiors."""
+"""Float fake-quantization of a plan: what the integer program approximates, without its fixed-point
+interiors.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ class FakeQuantize(Hooks):
 
 
 def simulate(mod: tvm.IRModule, plan: QuantPlan, chunk: int = 16) -> Callable[[Array], Array]:
-    """The annotated module with the plan's quantizers as a function of float32 images [N, 3, H, W] to float32 logits.
+    """The annotated module with the plan's quantizers as a function of float32 images [N, 3, H, W] to
+    float32 logits.
 
     Weights are quantized once, here. VitqError if plan and module name different sites.
     """

@@ -1,0 +1,94 @@
+"""Steps that fill in quantizers from statistics, shared by recipes."""
+
+from __future__ import annotations
+
+import torch
+
+from tvm_vitq.calibrate.job import Job
+from tvm_vitq.calibrate.observe import View, view_of
+from tvm_vitq.calibrate.searches import RangeRule, quantizer_numbers
+from tvm_vitq.calibrate.statistics import Summary, rows_of
+from tvm_vitq.errors import VitqError
+from tvm_vitq.plan import SiteQuantizer
+from tvm_vitq.relax_passes.sites import Site
+from tvm_vitq.site_rules import SiteSpec
+
+AXES = {"token": -2, "head": -3, "channel": -1}
+"""Axes of the granularities of activations, counted from the end."""
+
+ACTIVATIONS = ("input", "q", "k", "v")
+
+
+def empty_quantizer(job: Job, site: Site, spec: SiteSpec) -> SiteQuantizer:
+    """The quantizer that a spec asks for on this tensor, without numbers; what does not fit declines with a
+    note.
+    """
+    signed = site.role == "weight"
+    granularity, axis, group = spec.granularity, AXES.get(spec.granularity), spec.group_size
+    if signed:
+        axis = None if granularity == "tensor" else 0
+    if granularity == "group" and group is not None and site.shape[-1] % group:
+        granularity, axis, group = ("channel", 0, None) if signed else ("tensor", None, None)
+        job.notes[site.name] = (
+            f"per {granularity}: {site.shape[-1]} channels do not divide into groups of {spec.group_size}"
+        )
+    if granularity == "token" and len(site.shape) != 3:
+        job.notes[site.name] = f"per tensor: no token axis in a tensor of shape {list(site.shape)}"
+        granularity, axis = "tensor", None
+    return SiteQuantizer(spec.bits, [], [], "uniform", signed, granularity, axis, group)
+
+
+def activation_views(job: Job) -> dict[str, View]:
+    """How to summarize every activation that needs a quantizer."""
+    return {s.name: view_of(empty_quantizer(job, s, spec)) for s, spec in job.fitted_sites(*ACTIVATIONS)}
+
+
+def probability_views(job: Job, limit: int = 8) -> dict[str, View]:
+    """How to summarize the attention probabilities that `fit_probabilities` searches a range for."""
+    return {site.name: View("tensor") for site, spec in job.fitted_sites("probs") if spec.bits < limit}
+
+
+def fit_activations(job: Job, summaries: dict[str, Summary], rule: RangeRule) -> None:
+    """Quantizers of all activations whose site is not fitted yet, from their summaries."""
+    for site, spec in job.progress(list(job.fitted_sites(*ACTIVATIONS)), "activations"):
+        if site.name not in job.quantizers:
+            empty = empty_quantizer(job, site, spec)
+            job.quantizers[site.name] = _filled(empty, summaries[site.name], rule)
+
+
+def fit_probabilities(job: Job, summaries: dict[str, Summary], rule: RangeRule, limit: int = 8) -> None:
+    """Quantizers of attention probabilities: ``[0, 1]`` from `limit` bits on, below it the rule's upper
+    end.
+    """
+    for site, spec in job.fitted_sites("probs"):
+        high = torch.ones(1)
+        if spec.bits < limit:
+            high = rule(summaries[site.name], spec.bits, False)[1].clamp(max=1.0)
+        scale = (high / (2**spec.bits - 1)).tolist()
+        job.quantizers[site.name] = SiteQuantizer(spec.bits, scale, [0])
+
+
+def fit_weights(job: Job, rule: RangeRule) -> None:
+    """Symmetric quantizers of all weights, from the weights themselves as they are now."""
+    for site, spec in job.progress(list(job.fitted_sites("weight")), "weights"):
+        empty = empty_quantizer(job, site, spec)
+        weight = job.weight(site.layer)
+        if not bool(torch.isfinite(weight).all()):
+            raise VitqError("weights hold NaN or infinity", where=site.name, fix="check the checkpoint")
+        rows = rows_of(weight, empty.granularity, empty.axis, empty.group_size)
+        job.quantizers[site.name] = _filled(empty, Summary.of(rows), rule)
+
+
+def _filled(empty: SiteQuantizer, summary: Summary, rule: RangeRule) -> SiteQuantizer:
+    low, high = rule(summary, empty.bits, empty.signed)
+    scale, zero = quantizer_numbers(low, high, empty.bits, empty.signed)
+    return SiteQuantizer(
+        empty.bits,
+        scale.tolist(),
+        zero.tolist(),
+        empty.codec,
+        empty.signed,
+        empty.granularity,
+        empty.axis,
+        empty.group_size,
+    )

@@ -1,0 +1,173 @@
+"""Folds per-channel quantizer scales of LayerNorm outputs into gamma, beta and the following linear layers.
+
+Channels of a LayerNorm output differ in range by more than ten times, so one scale for all wastes most codes
+of most channels. RepQ-ViT's algebra gives each channel c its own scale s_c and zero point z_c and then moves
+the differences where they cost nothing. With the common scale ``s~ = mean(s)`` and zero point ``z~``, ``r_c
+= s_c / s~`` and ``d_c = s~ (z~ - z_c)``:
+
+    gamma' = gamma / r        beta' = beta / r - d          so the LayerNorm gives  a' = a / r - d
+    W'[:, c] = W[:, c] r_c    bias' = bias + W' d           so  W' a' + bias' = W a + bias
+
+and ``a' / s~ + z~ = a / s + z``: the same codes. z~ is a whole number, else codes would shift by a fraction;
+any whole z~ gives the same function, so it is the rounded mean of z limited to the codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tvm import relax
+
+from tvm_vitq.calibrate.job import Job
+from tvm_vitq.calibrate.searches import RangeRule, quantizer_numbers
+from tvm_vitq.calibrate.statistics import Summary
+from tvm_vitq.ops import attrs, op_name, shape_of
+from tvm_vitq.plan import SiteQuantizer
+from tvm_vitq.relax_passes.sites import bindings, readers
+
+SMALLEST_RATIO = 2.0**-10
+"""Channels narrower than this share of the mean are scaled as if they were that wide: gamma / r stays
+moderate, and such a channel has no influence that finer steps could keep."""
+
+
+@dataclass
+class Fold:
+    """A LayerNorm whose output only linear layers read, behind movements that keep channels in place.
+
+    layer : of the LayerNorm; variables : names of its output and of all moved copies of it.
+    sites : the vitq.quantize sites on the way; linears : the layers behind them.
+    """
+
+    layer: str
+    variables: list[str] = field(default_factory=list)
+    sites: list[str] = field(default_factory=list)
+    linears: list[str] = field(default_factory=list)
+
+
+class _Declined(Exception):
+    pass
+
+
+def find_folds(job: Job) -> list[Fold]:
+    """All LayerNorms of the annotated module that can be folded; the others are noted with the reason."""
+    reading = readers(job.mod)
+    folds = []
+    for binding in bindings(job.mod):
+        if op_name(binding.value) != "vitq.layer_norm":
+            continue
+        layer = attrs(binding.value)["site"]
+        fold = Fold(layer)
+        try:
+            _follow(binding.var, reading, job.mod["main"].body.body, fold)
+            _check_sites(job, fold)
+            folds.append(fold)
+        except _Declined as reason:
+            job.notes[layer] = f"per-channel scales not folded: {reason}"
+    return folds
+
+
+def _follow(
+    variable: relax.Var, reading: dict[str, list[relax.VarBinding]], result: relax.Expr, fold: Fold
+) -> None:
+    fold.variables.append(variable.name)
+    if variable.same_as(result):
+        raise _Declined("it is the model's result")
+    for binding in reading.get(variable.name, []):
+        call, op = binding.value, op_name(binding.value)
+        if isinstance(call, relax.Var) or _keeps_channels(call):
+            _follow(binding.var, reading, result, fold)
+        elif op == "vitq.quantize":
+            fold.sites.append(attrs(call)["site"])
+            fold.variables.append(binding.var.name)
+            for reader in reading.get(binding.var.name, []):
+                if op_name(reader.value) != "vitq.linear":
+                    raise _Declined(f"{op_name(reader.value)} reads its quantized output")
+                fold.linears.append(attrs(reader.value)["site"])
+        elif op in ("relax.reshape", "relax.permute_dims", "relax.strided_slice", "relax.take", "vitq.mean"):
+            raise _Declined(f"{op} moves its channels ({binding.var.name})")
+        else:
+            raise _Declined(f"{op} reads its output ({binding.var.name})")
+
+
+def _check_sites(job: Job, fold: Fold) -> None:
+    if not fold.linears:
+        raise _Declined("no linear layer reads it")
+    for site in fold.sites:
+        if job.specs[site].granularity != "tensor":
+            raise _Declined(f"{site} is quantized per {job.specs[site].granularity}")
+    if len({job.specs[site].bits for site in fold.sites}) > 1:
+        raise _Declined("the linear layers behind it want different bits")
+
+
+def _keeps_channels(call: relax.Expr) -> bool:
+    """Whether a call moves (or averages) elements without leaving or mixing channels, the last axis."""
+    op = op_name(call)
+    if not isinstance(call, relax.Call):
+        return False
+    if op == "relax.reshape":
+        return shape_of(call)[-1] == shape_of(call.args[0])[-1]
+    rank = len(shape_of(call.args[0])) if op else 0
+    if op == "relax.permute_dims":
+        return call.attrs.axes is not None and int(call.attrs.axes[-1]) % rank == rank - 1
+    if op == "relax.strided_slice":
+        return all(int(axis.value) % rank != rank - 1 for axis in call.args[1].fields)
+    if op == "relax.take":
+        return call.attrs.axis is not None and int(call.attrs.axis) % rank != rank - 1
+    return op == "vitq.mean" and attrs(call)["axis"] % rank != rank - 1
+
+
+def fold_layer_norms(job: Job, folds: list[Fold], summaries: dict[str, Summary], rule: RangeRule) -> None:
+    """Apply folds: changes the module's constants, fits the folded sites, updates ranges.
+
+    Parameters
+    ----------
+    summaries : per channel, of every site of every fold.
+    rule : the range of each channel.
+    """
+    changed: dict[str, np.ndarray] = {}
+    for fold in folds:
+        _apply(job, fold, [summaries[site] for site in fold.sites], rule, changed)
+    if changed:
+        job.replace(changed)
+
+
+def _apply(
+    job: Job, fold: Fold, summaries: list[Summary], rule: RangeRule, changed: dict[str, np.ndarray]
+) -> None:
+    bits = job.specs[fold.sites[0]].bits
+    ranges = [rule(summary, bits, False) for summary in summaries]
+    low = torch.stack([low for low, _ in ranges]).amin(0).double().numpy()
+    high = torch.stack([high for _, high in ranges]).amax(0).double().numpy()
+    step = (high - low) / (2**bits - 1)
+    if not step.max() > 0:
+        job.notes[fold.layer] = "per-channel scales not folded: its output is constant"
+        for site in fold.sites:
+            numbers = quantizer_numbers(torch.from_numpy(low[:1]), torch.from_numpy(high[:1]), bits, False)
+            job.quantizers[site] = SiteQuantizer(bits, numbers[0].tolist(), numbers[1].tolist())
+        return
+    step = np.maximum(step, SMALLEST_RATIO * step.mean())
+    common = float(np.float32(step.mean()))
+    zero = np.rint(-low / step)
+    common_zero = int(np.clip(np.rint(zero.mean()), 0, 2**bits - 1))
+    ratio, shift = step / common, common * (common_zero - zero)
+
+    constants = {n: v.double().numpy() for n, v in job.executor.constants.items() if _of(fold, n)}
+    changed[f"{fold.layer}.gamma"] = constants[f"{fold.layer}.gamma"] / ratio
+    changed[f"{fold.layer}.beta"] = constants[f"{fold.layer}.beta"] / ratio - shift
+    for linear in dict.fromkeys(fold.linears):
+        weight = constants[f"{linear}.weight"] * ratio
+        changed[f"{linear}.weight"] = weight
+        changed[f"{linear}.bias"] = constants[f"{linear}.bias"] + weight @ shift
+    for site in fold.sites:
+        job.quantizers[site] = SiteQuantizer(bits, [common], [common_zero])
+
+    lowest = torch.stack([s.minimum for s in summaries]).amin(0).double().numpy() / ratio - shift
+    highest = torch.stack([s.maximum for s in summaries]).amax(0).double().numpy() / ratio - shift
+    for variable in fold.variables:
+        job.ranges[variable] = float(max(np.abs(lowest).max(), np.abs(highest).max()))
+
+
+def _of(fold: Fold, constant: str) -> bool:
+    return constant.rpartition(".")[0] in {fold.layer, *fold.linears}

@@ -1,0 +1,180 @@
+"""Calibration images from whatever the user has: a loader, an array, a folder of images, or nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tvm_vitq.calibrate.synthesize import synthesize
+from tvm_vitq.errors import VitqError
+
+LIMIT = 128
+"""Images used at most: the methods in the literature use 32 to 128 for ranges, and more hardly move them."""
+
+SYNTHESIZED = 32
+
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"))
+
+FORM = "float32 (N, 3, H, W), already normalized"
+
+
+@dataclass
+class Images:
+    """Normalized calibration images, float32 [N, 3, H, W], with where they came from for the plan."""
+
+    values: torch.Tensor
+    source: str
+    ids: list[str]
+
+
+def load_images(
+    calibration: Any,
+    input_shape: tuple[int, ...],
+    preprocessing: Mapping[str, Any] | None = None,
+    *,
+    limit: int = LIMIT,
+    seed: int = 0,
+) -> Images:
+    """Calibration images of a model.
+
+    Parameters
+    ----------
+    calibration : None (images are synthesized), a NumPy array or torch tensor (N, 3, H, W), a folder, or an
+        iterable of such arrays or of ``(images, labels)``.
+    input_shape : of the model, (batch, 3, H, W).
+    preprocessing : of the model, for folders: "mean", "std", "crop_pct", "interpolation" as in timm.
+    limit : images used at most; a folder is sampled evenly in the order of its file names, others give their
+        first.
+
+    Raises
+    ------
+    VitqError : no images, another shape or type, NaN or infinity, an unreadable file (named).
+    """
+    shape = tuple(input_shape[1:])
+    if calibration is None:
+        values = synthesize(SYNTHESIZED, shape, preprocessing, seed)
+        return Images(values, f"synthesized: {SYNTHESIZED} images, 1/f noise and shapes", [])
+    if isinstance(calibration, (str, os.PathLike)):
+        return _from_folder(Path(calibration), shape, preprocessing, limit)
+    if isinstance(calibration, (np.ndarray, torch.Tensor)):
+        values = _checked(calibration, shape, "calibration")
+        return Images(_limited(values, limit), _counted("array", len(values), limit), [])
+    if isinstance(calibration, Iterable):
+        return _from_loader(calibration, shape, limit)
+    raise VitqError(
+        "calibration data of an unknown kind",
+        where="calibration",
+        got=type(calibration).__name__,
+        expected=f"an array {FORM}, an iterable of them, a folder of images, or None",
+    )
+
+
+def _from_loader(loader: Iterable[Any], shape: tuple[int, ...], limit: int) -> Images:
+    parts: list[torch.Tensor] = []
+    count = 0
+    for number, item in enumerate(loader):
+        batch = item[0] if isinstance(item, (tuple, list)) and item else item
+        if not isinstance(batch, (np.ndarray, torch.Tensor)):
+            raise VitqError(
+                "the loader gives something else than arrays",
+                where=f"calibration, batch {number}",
+                got=type(batch).__name__,
+                expected=f"an array {FORM}, or a tuple that starts with one",
+            )
+        parts.append(_checked(batch, shape, f"calibration, batch {number}"))
+        count += len(parts[-1])
+        if count >= limit:
+            break
+    if not count:
+        raise VitqError("no calibration images", where="calibration", got="an empty loader")
+    return Images(torch.cat(parts)[:limit], f"loader: first {min(count, limit)} images", [])
+
+
+def _checked(batch: Any, shape: tuple[int, ...], where: str) -> torch.Tensor:
+    kind = str(batch.dtype).removeprefix("torch.")
+    if kind == "uint8":
+        raise VitqError(
+            "calibration images are not normalized",
+            where=where,
+            got="uint8",
+            expected=FORM,
+            fix="divide by 255, subtract the mean and divide by the std of the model's preprocessing",
+        )
+    if kind != "float32":
+        raise VitqError("calibration images of the wrong type", where=where, got=kind, expected=FORM)
+    if batch.ndim != 4 or tuple(batch.shape[1:]) != shape:
+        raise VitqError(
+            "calibration images of the wrong shape",
+            where=where,
+            got=tuple(batch.shape),
+            expected=("N", *shape),
+        )
+    if not len(batch):
+        raise VitqError("no calibration images", where=where, got=tuple(batch.shape))
+    values = torch.as_tensor(batch).detach().cpu().contiguous()
+    if not bool(torch.isfinite(values).all()):
+        bad = int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])
+        raise VitqError(
+            "calibration images hold NaN or infinity", where=f"{where}, image {bad}", expected=FORM
+        )
+    return values
+
+
+def _limited(values: torch.Tensor, limit: int) -> torch.Tensor:
+    return values[:limit]
+
+
+def _counted(kind: str, count: int, limit: int) -> str:
+    return f"{kind}: {count} images" if count <= limit else f"{kind}: first {limit} of {count} images"
+
+
+def _from_folder(
+    folder: Path, shape: tuple[int, ...], preprocessing: Mapping[str, Any] | None, limit: int
+) -> Images:
+    if not folder.is_dir():
+        raise VitqError("no such folder", where="calibration", got=folder, expected="a folder of images")
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    if not files:
+        raise VitqError(
+            "the folder holds no images",
+            where=folder,
+            expected="files ending in " + ", ".join(sorted(SUFFIXES)),
+        )
+    total = len(files)
+    if total > limit:
+        files = [files[i * total // limit] for i in range(limit)]
+    values = torch.stack([_read(file, shape, preprocessing or {}) for file in files])
+    text = f"folder {folder.name}: " + (
+        f"{len(files)} of {total} images" if total > limit else f"{total} images"
+    )
+    return Images(values, text, [file.relative_to(folder).as_posix() for file in files])
+
+
+def _read(file: Path, shape: tuple[int, ...], preprocessing: Mapping[str, Any]) -> torch.Tensor:
+    """One image, resized and cropped to the model's size as timm's evaluation transform does."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise VitqError(
+            "unreadable image", where=file, got=error, fix="remove the file or repair it"
+        ) from error
+    from timm.data import create_transform
+
+    transform = create_transform(
+        input_size=shape,
+        is_training=False,
+        interpolation=preprocessing.get("interpolation", "bicubic"),
+        mean=preprocessing.get("mean", (0.485, 0.456, 0.406)),
+        std=preprocessing.get("std", (0.229, 0.224, 0.225)),
+        crop_pct=preprocessing.get("crop_pct", 0.875),
+    )
+    return transform(image).float()

@@ -1,0 +1,32 @@
+"""Recipes: one published method per file, listed here in one line each."""
+
+from __future__ import annotations
+
+from tvm_vitq.errors import VitqError, nearest
+from tvm_vitq.recipes.base import Recipe
+from tvm_vitq.recipes.minmax import MinMax
+from tvm_vitq.recipes.mse import MeanSquaredError
+from tvm_vitq.recipes.percentile import Percentile
+
+RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (MinMax, MeanSquaredError, Percentile)}
+
+DEFAULT = Percentile.name
+
+
+def find_recipe(recipe: str | Recipe) -> Recipe:
+    """A recipe by name with its default parameters, or the one given; VitqError with the nearest names
+    otherwise.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise VitqError(
+            "unknown recipe",
+            where="recipe",
+            got=recipe,
+            expected=nearest(str(recipe), RECIPES) or ", ".join(RECIPES),
+        )
+    return RECIPES[recipe]()
+
+
+__all__ = ["DEFAULT", "RECIPES", "Recipe", "find_recipe"]

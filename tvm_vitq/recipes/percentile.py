@@ -1,0 +1,49 @@
+"""Percentile ranges, with the per-channel scales of LayerNorm outputs folded into the weights: the
+default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tvm_vitq.recipes.base import Recipe
+
+if TYPE_CHECKING:
+    from tvm_vitq.calibrate.job import Job
+
+
+@dataclass(frozen=True)
+class Percentile(Recipe):
+    """The quantization frame of RepQ-ViT with uniform quantizers only.
+
+    Activations: of the quantiles in `percentiles` the one with the smallest squared error. LayerNorm
+    outputs: a range per channel, folded exactly into gamma, beta and the following linear layers
+    (`calibrate.reparameterize`). Weights: their whole range at 8 bits, below it a squared-error search,
+    after folding.
+
+    Parameters
+    ----------
+    percentiles : candidates for the upper end; the lower end is at one minus each.
+    fold : whether per-channel scales are folded.
+    """
+
+    name = "percentile"
+    percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999)
+    fold: bool = True
+
+    def fit(self, job: Job) -> None:
+        from tvm_vitq.calibrate import fit, searches
+        from tvm_vitq.calibrate.observe import View, observe
+        from tvm_vitq.calibrate.reparameterize import find_folds, fold_layer_norms
+
+        rule = searches.percentile(self.percentiles)
+        folds = find_folds(job) if self.fold else []
+        views = fit.activation_views(job) | fit.probability_views(job)
+        for fold in folds:
+            views |= {site: View("channel", -1) for site in fold.sites}
+        summaries = observe(job, views, 1.0 - min(self.percentiles))
+        fold_layer_norms(job, folds, summaries, rule)
+        fit.fit_activations(job, summaries, rule)
+        fit.fit_probabilities(job, summaries, rule)
+        fit.fit_weights(job, searches.by_bits(searches.mse(), searches.minmax))
