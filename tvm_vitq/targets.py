@@ -10,13 +10,11 @@ is one entry in `ISAS` (and its kernels in schedules/).
 from __future__ import annotations
 
 import functools
-import json
-import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tvm_vitq import cpu
+from tvm_vitq import cpu, target_text
 from tvm_vitq.errors import VitqError, nearest
 
 if TYPE_CHECKING:
@@ -88,12 +86,16 @@ ISAS: tuple[Isa, ...] = (
     Isa("neon", "aarch64-neon", "aarch64", ("neon",), "generic", (), "smlal"),
 )
 
-HOST_ALIASES = ("llvm", "native", "host")
-NOT_YET = ("cuda", "nvptx", "vta", "ext_dev")
-
-_USED = {"kind", "mtriple", "mcpu", "mattr", "num-cores"}
-# Written by TVM into every exported target, or descriptive; none changes the generated code.
-_DESCRIPTIVE = {"tag", "keys", "device", "model", "host"}
+ALIASES: Mapping[str, Mapping[str, Any]] = {
+    isa.key: {
+        "kind": "llvm",
+        "mtriple": f"{isa.arch}-linux-gnu",
+        "mcpu": isa.mcpu,
+        "mattr": list(isa.mattr),
+    }
+    for isa in ISAS
+}
+"""Short names of targets: the options that they stand for."""
 
 
 @dataclass(frozen=True)
@@ -178,208 +180,17 @@ def parse(target: str | Mapping[str, Any] | tvm.target.Target | TargetProfile) -
     """
     if isinstance(target, TargetProfile):
         return target
-    options = _options(target)
-    kind = options.pop("kind", None)
-    if kind != "llvm":
-        raise _unknown_kind(kind, target)
-    _refuse_unknown_options(options)
-    threads = _positive_int(options.get("num-cores"), target)
-    named = {key: options[key] for key in ("mtriple", "mcpu", "mattr") if options.get(key)}
-    if not named:
+    options = target_text.read(target, ALIASES)
+    threads = target_text.core_count(options)
+    if not any(options.get(key) for key in ("mtriple", "mcpu", "mattr")):
         return _host_profile(threads)
-    triple, arch = _triple(named.get("mtriple"))
-    mcpu = str(named.get("mcpu", ""))
-    mattr = _mattr(named.get("mattr", ()))
+    triple, arch = target_text.triple(options)
+    mcpu = str(options.get("mcpu") or "")
+    mattr = target_text.attributes(options)
     _check_mcpu(triple, arch, mcpu)
     for attribute in mattr:
         _check_attribute(triple, attribute)
     return _profile(triple, arch, mcpu, mattr, threads)
-
-
-def _options(target: Any) -> dict[str, Any]:
-    """The options as a dict with "kind", whatever form the user chose."""
-    if isinstance(target, Mapping):
-        return dict(target)
-    if isinstance(target, str):
-        return _options_of_text(target)
-    if hasattr(target, "export") and hasattr(target, "kind"):
-        return _exported(target)
-    raise VitqError(
-        "target has the wrong type",
-        where="target",
-        got=type(target).__name__,
-        expected='a string such as "llvm", a dict, or a tvm.target.Target',
-    )
-
-
-def _exported(target: tvm.target.Target) -> dict[str, Any]:
-    """A TVM target as options; its "feature.*" entries are derived by TVM from mcpu and mattr."""
-    data = target.export()
-    data = json.loads(data) if isinstance(data, str) else dict(data)
-    return {str(key): value for key, value in data.items() if not str(key).startswith("feature.")}
-
-
-def _options_of_text(text: str) -> dict[str, Any]:
-    text = text.strip()
-    if text.startswith("{"):
-        try:
-            return dict(json.loads(text))
-        except ValueError as error:
-            raise VitqError(
-                "target is not valid JSON", where="target", got=text, expected=str(error)
-            ) from None
-    for isa in ISAS:
-        if text == isa.key:
-            triple = f"{isa.arch}-linux-gnu"
-            return {"kind": "llvm", "mtriple": triple, "mcpu": isa.mcpu, "mattr": list(isa.mattr)}
-    if text in HOST_ALIASES:
-        return {"kind": "llvm"}
-    if "/" in text and " " not in text:
-        return _options_of_tag(text)
-    return _options_of_classic(text)
-
-
-def _options_of_tag(tag: str) -> dict[str, Any]:
-    import tvm
-    from tvm_ffi import get_global_func
-
-    tags = [str(name) for name in get_global_func("target.TargetTagListTags")()]
-    if tag not in tags:
-        raise VitqError(
-            "unknown target tag",
-            where="target",
-            got=tag,
-            expected=nearest(tag, tags) or "one of TVM's target tags",
-            fix='write the target out, for instance "llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a76"',
-        )
-    return _exported(tvm.target.Target(tag))
-
-
-def _options_of_classic(text: str) -> dict[str, Any]:
-    """ "llvm -a=1 -b 2" as a dict; every token must be an option or the value of the one before it."""
-    try:
-        kind, *tokens = shlex.split(text)
-    except ValueError:  # nothing in the string, or a quote that is not closed
-        raise _malformed(text, text) from None
-    options: dict[str, Any] = {"kind": kind}
-    while tokens:
-        token = tokens.pop(0)
-        name, equals, value = token.lstrip("-").partition("=")
-        if not token.startswith("-") or not name:
-            raise _malformed(text, token)
-        if not equals and tokens and not tokens[0].startswith("-"):
-            value = tokens.pop(0)
-        if name in options:
-            raise VitqError("target option is given twice", where=f"target {text!r}", got=f"-{name}")
-        if not value:
-            raise VitqError(
-                "target option has no value", where=f"target {text!r}", got=token, expected=f"-{name}=<value>"
-            )
-        options[name] = value
-    return options
-
-
-def _malformed(text: str, part: str) -> VitqError:
-    return VitqError(
-        "malformed target string",
-        where=f"target {text!r}",
-        got=part or "nothing",
-        expected='"llvm [-mtriple=<triple>] [-mcpu=<cpu>] [-mattr=+<feature>,...] [-num-cores=<n>]"',
-    )
-
-
-def _unknown_kind(kind: Any, target: Any) -> VitqError:
-    aliases = [*HOST_ALIASES, *(isa.key for isa in ISAS)]
-    if kind in NOT_YET:
-        return VitqError(
-            f"target kind {kind!r} is not available yet: this version compiles for x86-64 and AArch64 CPUs",
-            where="target",
-            got=target,
-            expected='"llvm ..." or one of ' + ", ".join(aliases),
-        )
-    return VitqError(
-        "unknown target kind",
-        where="target",
-        got=repr(kind) if kind is not None else f"no kind in {target}",
-        expected='"llvm ..." or one of ' + ", ".join(aliases),
-        fix=f"did you mean {near}?" if kind and (near := nearest(str(kind), aliases)) else None,
-    )
-
-
-def _refuse_unknown_options(options: Mapping[str, Any]) -> None:
-    for name in options:
-        if name.startswith("fast-math"):
-            raise VitqError(
-                "fast-math would make results differ between targets",
-                where="target",
-                got=f"-{name}",
-                fix="leave it out: the float steps that remain are exact and cost next to nothing",
-            )
-        if name not in _USED | _DESCRIPTIVE:
-            near = nearest(name, _USED - {"kind"})
-            raise VitqError(
-                "unknown target option",
-                where="target",
-                got=f"-{name}",
-                expected=", ".join(f"-{known}" for known in sorted(_USED - {"kind"})),
-                fix=f"did you mean -{near}?" if near else None,
-            )
-
-
-def _positive_int(value: Any, target: Any) -> int:
-    if value is None:
-        return 0
-    try:
-        count = int(str(value))
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise VitqError(
-            "-num-cores is not a positive whole number",
-            where=f"target {target!r}",
-            got=value,
-            expected="1 or more",
-        )
-    return count
-
-
-def _triple(value: Any) -> tuple[str, str]:
-    """(triple, architecture); an architecture alone means its Linux with glibc."""
-    if value is None:
-        arch = cpu.host().arch
-        return f"{arch}-linux-gnu", arch
-    first, *rest = str(value).split("-")
-    architecture = cpu.canonical_arch(first)
-    if architecture is None:
-        raise VitqError(
-            "no kernels for this architecture",
-            where="target option -mtriple",
-            got=value,
-            expected=", ".join(f"{arch}-linux-gnu" for arch in cpu.ELF_MACHINE),
-        )
-    if rest and "linux" not in rest:
-        raise VitqError(
-            "compiled libraries are ELF shared objects for Linux",
-            where="target option -mtriple",
-            got=value,
-            expected=f"{architecture}-linux-gnu",
-        )
-    return "-".join([architecture, *(rest or ["linux", "gnu"])]), architecture
-
-
-def _mattr(value: Any) -> tuple[str, ...]:
-    """ "+a,-b" or a list of such entries as a tuple, each with its sign."""
-    entries: Iterable[Any] = value.split(",") if isinstance(value, str) else value
-    attributes = tuple(str(entry).strip() for entry in entries)
-    for attribute in attributes:
-        if len(attribute) < 2 or attribute[0] not in "+-":
-            raise VitqError(
-                "malformed CPU feature",
-                where="target option -mattr",
-                got=repr(attribute),
-                expected="+feature or -feature, separated by commas",
-            )
-    return attributes
 
 
 def _llvm(name: str, **options: Any) -> list[str]:
