@@ -12,13 +12,13 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tvm_vitq.errors import VitqError, nearest
+from tvm_vitq.files import written_whole
 
 FORMAT = "tvm-vitq plan"
 FORMAT_VERSION = 1
@@ -224,7 +224,7 @@ class QuantPlan:
         for item in dataclasses.fields(self):
             if item.name not in ("format_version", "sites"):
                 value = getattr(self, item.name)
-                data[item.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+                data[item.name] = dataclasses.asdict(value) if isinstance(value, Calibration) else value
         data["sites"] = {name: _site_to_dict(site) for name, site in self.sites.items()}
         return data
 
@@ -259,22 +259,9 @@ class QuantPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
-        target = Path(path)
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
-        scratch = None
-        try:
-            with tempfile.NamedTemporaryFile(
-                "w", dir=target.parent, prefix=f".{target.name}.", delete=False
-            ) as file:
-                scratch = file.name
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, target)
-        except OSError as error:
-            if scratch is not None:
-                Path(scratch).unlink(missing_ok=True)
-            raise VitqError("could not write the plan", where=target, got=error.strerror or error) from error
+        with written_whole(path) as part:
+            part.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> QuantPlan:

@@ -99,7 +99,7 @@ class Executor:
     def _step(self, binding: relax.VarBinding) -> Step:
         value, name = binding.value, binding.var.name
         op = op_name(value) or type(value).__name__
-        attributes = attrs(value) if is_ours(value) else getattr(value, "attrs", None)
+        attributes: Any = attrs(value) if is_ours(value) else getattr(value, "attrs", None)
         layer = attributes["site"] if is_ours(value) else name
         if op not in HANDLERS:
             raise VitqError(

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tvm_vitq.errors import VitqError
 
-Tensor = torch.Tensor
 Handler = Callable[..., Any]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tvm_vitq.calibrate.statistics import Summary
 from tvm_vitq.quantizers.uniform import affine_from_range, symmetric_from_max
 
-Tensor = torch.Tensor
 RangeRule = Callable[[Summary, int, bool], tuple[Tensor, Tensor]]
 
 PERCENTILES = (0.999, 0.9999, 0.99999)

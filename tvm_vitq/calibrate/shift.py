@@ -17,11 +17,11 @@ def to_powers_of_two(job: Job) -> None:
     """
     for name, quantizer in job.quantizers.items():
         scale = np.array(quantizer.scale, np.float64)
-        rounded = 2.0 ** np.ceil(np.log2(scale) - 1e-9)
+        rounded = np.exp2(np.ceil(np.log2(scale) - 1e-9))
         low = -scale * np.array(quantizer.zero_point)
         zero = np.clip(np.rint(-low / rounded), quantizer.qmin, quantizer.qmax).astype(int)
         if name.endswith(".probs"):
-            rounded = 2.0 ** np.round(np.log2(scale))
+            rounded = np.exp2(np.rint(np.log2(scale)))
         job.quantizers[name] = SiteQuantizer(
             quantizer.bits,
             rounded.tolist(),

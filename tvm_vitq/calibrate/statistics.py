@@ -13,10 +13,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tvm_vitq.errors import VitqError
-
-Tensor = torch.Tensor
 
 
 @dataclass
