@@ -6,6 +6,7 @@ Type inference is registered here, once, so that a wrong graph is refused when i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,22 @@ def _linear(node: relax.Call) -> tuple[Shape, str]:
     return [*x[:-1], w[0]], attrs(node).get("out_dtype", "float32")
 
 
+def _fused_linear(node: relax.Call) -> tuple[Shape, str]:
+    shape, dtype = _linear(node)
+    info = attrs(node)
+    extra = node.args[5]
+    if info["epilogue"] == "residual":
+        _need(math.prod(shape_of(extra)) == math.prod(shape), node, "a residual of the output's size")
+        return shape_of(extra), "int32"
+    return shape, dtype_of(extra)
+
+
+def _fused_attention(node: relax.Call) -> tuple[Shape, str]:
+    info = attrs(node)
+    batch, heads, queries, width = info["shape"]
+    return [batch, queries, heads * width], info["out_dtype"]
+
+
 def _layer_norm(node: relax.Call) -> tuple[Shape, str]:
     x, g, b = (shape_of(a) for a in node.args[:3])
     _need(g == b == [x[-1]], node, "x[..., C], gamma[C], beta[C]")
@@ -141,3 +158,7 @@ _register("vitq.int_multiply", "a * b, requantized", ["a", "b"], _binary)
 _register("vitq.int_layer_norm", "integer LayerNorm, requantized", ["x", "gain", "offset"], _layer_norm)
 _register("vitq.int_attention", "integer attention", ["q", "k", "v"], _attention)
 _register("vitq.int_mean", "integer mean", ["x"], _mean)
+
+# Integer operators as one kernel runs them, made by fuse_epilogues and fuse_views
+_register("vitq.fused_linear", "int_linear with int_lookup or int_add", ["x", "weight", "bias"], _fused_linear)
+_register("vitq.fused_attention", "int_attention on views of matrices", ["q", "k", "v"], _fused_attention)

@@ -1,0 +1,127 @@
+"""Lowers integer operators to kernels of one target; constants are packed for them.
+
+A rule maps an operator to a kernel specification of schedules/, which knows the function's arguments and packs its
+constants; equal specifications share one function. Elementwise operators become tensor expressions, which TVM fuses with
+data movement. Movement itself and float islands are left to the passes that follow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm.ir import Call, Expr
+from tvm_vitq.relax_passes.lower_elementwise import EXPRESSIONS, operands
+from tvm_vitq.relax_passes.rewriter import Rewriter
+from tvm_vitq.schedules.kernel import Kernel
+from tvm_vitq.schedules.linear import Linear
+
+from tvm_vitq.graph import value_of
+from tvm_vitq.numerics import Array, Output, Partial
+from tvm_vitq.ops import attrs, dtype_of, op_name, shape_of
+from tvm_vitq.targets import TargetProfile
+
+KERNEL_ATTRIBUTE = "vitq.macs"
+"""Function attribute of kernels, which need no further scheduling: multiply-accumulates of one call."""
+
+OPAQUE = 8
+"""TVM's operator pattern that is fused with nothing."""
+
+
+class Specification(Protocol):
+    """What a rule makes: a kernel of schedules/."""
+
+    @property
+    def name(self) -> str: ...
+
+    def kernel(self) -> Kernel: ...
+
+
+def lower_kernels(mod: tvm.IRModule, profile: TargetProfile) -> tvm.IRModule:
+    """See the module; integer graph to kernel calls."""
+    return _Lowering(profile).module(mod)
+
+
+def _output(info: dict[str, Any]) -> Output:
+    """The conversion in an operator's attributes."""
+    limits = {key: info[key] for key in ("qmin", "qmax", "kind") if key in info}
+    return Output(info["out_dtype"], **limits)
+
+
+class _Lowering(Rewriter):
+    def __init__(self, profile: TargetProfile) -> None:
+        super().__init__()
+        self.isa = profile.isa
+        self.made: dict[str, tuple[tvm.ir.GlobalVar, Kernel]] = {}
+        self.rules: dict[str, Callable[[Call, dict[str, Any]], Expr]] = {
+            "vitq.int_linear": self.linear,
+            "vitq.fused_linear": self.linear,
+            **{name: self.elementwise for name in EXPRESSIONS},
+        }
+
+    def module(self, mod: tvm.IRModule) -> tvm.IRModule:
+        main = self.transform(mod["main"])
+        functions = dict(self._block.get().functions)
+        return tvm.IRModule({**functions, "main": main})
+
+    def rewrite(self, node: Call, name: str) -> Expr | None:
+        rule = self.rules.get(op_name(node))
+        return None if rule is None else rule(node, attrs(node))
+
+    def call_kernel(self, spec: Specification, node: Call, tensors: list[Expr], constants: list[Array]) -> Expr:
+        """A call with inputs in the order of the kernel's arguments; the result has the operator's shape."""
+        if spec.name not in self.made:
+            kernel = spec.kernel()
+            function = kernel.func.with_attr("op_pattern", OPAQUE).with_attr(KERNEL_ATTRIBUTE, kernel.macs)
+            self.made[spec.name] = self._block.add_func(function, kernel.name), kernel
+        function_name, kernel = self.made[spec.name]
+        waiting = {"input": list(tensors), "constant": [relax.const(np.ascontiguousarray(c)) for c in constants]}
+        args = []
+        for argument in kernel.arguments[:-1]:
+            value = waiting[argument.role].pop(0)
+            args.append(self.shaped(value, argument.shape))
+        out = kernel.arguments[-1]
+        result = self.emit(relax.call_tir(function_name, args, relax.TensorType(out.shape, out.dtype)), spec.name)
+        return self.shaped(result, tuple(shape_of(node)))
+
+    def shaped(self, value: Expr, shape: tuple[int, ...]) -> Expr:
+        if tuple(shape_of(value)) == tuple(shape):
+            return value
+        return self.emit(relax.op.reshape(value, shape), "reshaped")
+
+    def linear(self, node: Call, info: dict[str, Any]) -> Expr:
+        epilogue = info.get("epilogue")
+        x, *rest = node.args
+        weight, bias, multiplier, zero = (value_of(a) for a in rest[:4])
+        extra = [rest.pop(4)] if epilogue else []
+        partial = Partial(*(value_of(a) for a in rest[4:])) if rest[4:] else None
+        out = _output(info)
+        spec = Linear(
+            self.isa,
+            m=math.prod(shape_of(x)[:-1]),
+            n=len(weight),
+            k=weight.shape[1],
+            out=out,
+            lookup=dtype_of(extra[0]) if epilogue == "lookup" else None,
+            residual=epilogue == "residual",
+            zero_point=_kind_of_zero(zero, out),
+            groups=0 if partial is None else len(partial.multiplier),
+            row_scales=partial is not None and partial.row_multiplier is not None,
+            row_zero_points=partial is not None and partial.row_zero_point is not None,
+        )
+        constants = spec.pack(weight, bias, multiplier, zero if zero.size > 1 else int(zero.reshape(-1)[0]), partial)
+        return self.call_kernel(spec, node, [x, *extra], constants)
+
+    def elementwise(self, node: Call, info: dict[str, Any]) -> Expr:
+        tensors, expression = operands(node)
+        return self._block.call_te(expression, *tensors, primfunc_name_hint=op_name(node).replace(".", "_"))
+
+
+def _kind_of_zero(zero: Array, out: Output) -> str:
+    if out.dtype == "float32" or not zero.any():
+        return "none"
+    return "scalar" if zero.size == 1 else "vector"

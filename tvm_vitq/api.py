@@ -1,0 +1,118 @@
+"""The public functions: quantize, compile, build, load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tvm_vitq.errors import VitqError
+from tvm_vitq.quantized_model import QuantizedModel
+
+if TYPE_CHECKING:
+    from tvm_vitq.runtime import Library
+
+
+def quantize(
+    model: Any,
+    bits: str = "w8a8",
+    recipe: str = "percentile",
+    calibration: Any = None,
+    input_shape: tuple[int, ...] | None = None,
+    *,
+    batch: int = 1,
+    checkpoint: str | os.PathLike[str] | None = None,
+    pretrained: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    requantize: str = "multiply",
+    strict: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+    **recipe_options: Any,
+) -> QuantizedModel:
+    """Quantize a trained Vision Transformer.
+
+    Parameters
+    ----------
+    model : timm model name, torch.nn.Module, torch.export.ExportedProgram, or path of an ONNX file.
+    bits : "w<weight bits>a<activation bits>", 2 to 8 each: "w8a8", "w4a8", "w4a4", ... The image stays at 8 bits.
+    recipe : calibration method: "percentile", "minmax" or "mse".
+    calibration : float32 images (N, 3, H, W), normalized; or an iterable of such batches (a DataLoader), a folder of
+        image files, or None: images are synthesized, which the plan and the report say.
+    input_shape : (3, H, W) or (N, 3, H, W) if the model takes sizes other than its default.
+    batch : images per call of the compiled library, fixed at build.
+    checkpoint : .safetensors, .pth or .pt file for a timm name; pretrained : let timm fetch its weights.
+    overrides : bits and granularity of single sites: {"blocks.*.mlp.fc2.input": {"bits": 8}}, last match wins.
+    requantize : "multiply" (any scale) or "shift" (powers of two, for shift-only hardware).
+    strict : refuse a model that keeps float operators.
+    seed : of everything random in calibration.
+
+    Raises
+    ------
+    VitqError : says what is wrong, where, what was expected and how to mend it.
+    """
+    from tvm_vitq.calibrate import calibrate
+    from tvm_vitq.frontend import import_model
+    from tvm_vitq.pipeline import realize_passes, run_passes
+
+    imported = import_model(
+        model, input_shape=input_shape, batch=batch, checkpoint=checkpoint, pretrained=pretrained
+    )
+    calibrated = calibrate(
+        imported,
+        bits=bits,
+        recipe=recipe,
+        calibration=calibration,
+        overrides=overrides,
+        requantize=requantize,
+        seed=seed,
+        progress=progress,
+        **recipe_options,
+    )
+    mod = run_passes(calibrated.mod, realize_passes(calibrated.plan))
+    quantized = QuantizedModel(mod, calibrated.plan)
+    if strict and quantized.float_islands:
+        _refuse_islands(quantized)
+    return quantized
+
+
+def _refuse_islands(quantized: QuantizedModel) -> None:
+    islands = quantized.float_islands
+    listed = ", ".join(f"{name} ({op})" for name, op in islands[:8])
+    raise VitqError(
+        "the model keeps float operators, and strict=True refuses them",
+        where=quantized.name,
+        got=listed + (f" and {len(islands) - 8} more" if len(islands) > 8 else ""),
+        fix="build with strict=False to run them in float; the report then lists them with their share of MACs",
+    )
+
+
+def compile(quantized: QuantizedModel, target: Any = "llvm") -> Library:
+    """Compile a quantized model to a library for one target.
+
+    Parameters
+    ----------
+    quantized : from `quantize` or `load`.
+    target : see tvm_vitq.targets.parse: "llvm" is this machine with all its instructions;
+        "llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a76" cross-compiles.
+
+    Returns
+    -------
+    Library : call it with images, `benchmark`, `export_library`, read `report`.
+    """
+    from tvm_vitq.compiler import compile_library
+
+    return compile_library(quantized, target)
+
+
+def build(model: Any, target: Any = "llvm", **options: Any) -> Library:
+    """Quantize and compile in one call; `options` are those of `quantize`."""
+    from tvm_vitq.targets import parse
+
+    parse(target)  # a malformed target is told before the long work
+    return compile(quantize(model, **options), target)
+
+
+def load(path: str | os.PathLike[str]) -> QuantizedModel:
+    """Read a quantized model written by QuantizedModel.save."""
+    return QuantizedModel.load(path)

@@ -1,0 +1,79 @@
+"""From a quantized model to a library: lowering, TVM's build, and the report of what came out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from tvm_vitq import settings
+from tvm_vitq.library_format import LibraryInfo
+from tvm_vitq.pipeline import lower_passes, run_passes
+from tvm_vitq.quantized_model import QuantizedModel
+from tvm_vitq.report import build_report
+from tvm_vitq.runtime import Library
+from tvm_vitq.targets import parse
+
+PACKAGES = ("tvm-vitq", "apache-tvm", "apache-tvm-ffi", "torch", "timm", "numpy")
+
+
+def compile_library(quantized: QuantizedModel, target: Any) -> Library:
+    """See tvm_vitq.compile."""
+    profile = parse(target)
+    start = time.perf_counter()
+    with profile.target:
+        lowered = run_passes(quantized.mod, lower_passes(profile), first=1)
+    executable = relax.build(lowered, target=profile.target, relax_pipeline=_after_kernels())
+    seconds = time.perf_counter() - start
+    report = build_report(quantized, lowered, executable, profile, seconds)
+    if settings.DEBUG.value >= 1:
+        print(f"target {profile}")
+    info = LibraryInfo(
+        model=quantized.name,
+        target=profile,
+        input_shape=quantized.input_shape,
+        classes=quantized.classes,
+        plan_hash=quantized.plan.hash,
+        preprocessing=quantized.plan.preprocessing,
+        versions=versions(),
+        report=report,
+    )
+    return Library(info, executable=executable)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that shape a result."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _after_kernels() -> tvm.ir.transform.Pass:
+    """TVM's own passes from scheduled kernels to virtual machine code; memory is planned statically."""
+
+    @tvm.transform.module_pass(opt_level=0, name="vitq_after_kernels")
+    def run(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
+        return tvm.transform.Sequential(
+            [
+                relax.transform.RewriteDataflowReshape(),
+                relax.transform.ToNonDataflow(),
+                relax.transform.RemovePurityChecking(),
+                relax.transform.CallTIRRewrite(),
+                relax.transform.StaticPlanBlockMemory(),
+                relax.transform.LowerAllocTensor(),
+                relax.transform.KillAfterLastUse(),
+                relax.transform.LowerRuntimeBuiltin(),
+                relax.transform.ComputePrimValue(),
+                relax.transform.VMShapeLower(),
+                relax.transform.AttachGlobalSymbol(),
+            ]
+        )(mod)
+
+    return run

@@ -1,0 +1,60 @@
+"""The passes from a canonical float graph to an executable, in order: the whole compiler on one page.
+
+    canonical graph --annotate, calibrate--> annotated graph and plan      (tvm_vitq/calibrate)
+                    --REALIZE-->             integer graph, target independent: the QuantizedModel
+                    --LOWER-->               kernels of one target
+                    --TVM's own passes-->    virtual machine code with a static memory plan
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import tvm
+from tvm import relax
+
+from tvm_vitq import settings
+from tvm_vitq.plan import QuantPlan
+from tvm_vitq.relax_passes.fuse_epilogues import fuse_epilogues
+from tvm_vitq.relax_passes.fuse_views import fuse_views
+from tvm_vitq.relax_passes.lower_kernels import lower_kernels
+from tvm_vitq.relax_passes.realize import realize
+from tvm_vitq.relax_passes.schedule_rest import schedule_rest
+from tvm_vitq.relax_passes.verify import verify
+from tvm_vitq.targets import TargetProfile
+
+Pass = Callable[[tvm.IRModule], tvm.IRModule]
+
+
+def realize_passes(plan: QuantPlan) -> list[tuple[str, Pass]]:
+    """From the annotated float graph to the integer graph."""
+    return [("realize", lambda mod: realize(mod, plan))]
+
+
+def lower_passes(profile: TargetProfile) -> list[tuple[str, Pass]]:
+    """From the integer graph to scheduled kernels of one target."""
+    return [
+        ("fuse_epilogues", fuse_epilogues),
+        ("fuse_views", fuse_views),
+        ("lower_kernels", lambda mod: lower_kernels(mod, profile)),
+        ("legalize", relax.transform.LegalizeOps()),
+        ("annotate_patterns", relax.transform.AnnotateTIROpPattern()),
+        ("fuse_ops", relax.transform.FuseOps()),
+        ("fuse_tir", relax.transform.FuseTIR()),
+        ("dead_code", relax.transform.DeadCodeElimination(["main"])),
+        ("schedule_rest", lambda mod: schedule_rest(mod, profile)),
+    ]
+
+
+def run_passes(mod: tvm.IRModule, passes: list[tuple[str, Pass]], first: int = 0) -> tvm.IRModule:
+    """Run passes in order; VITQ_DUMP writes the module after each, VITQ_VERIFY checks it."""
+    for number, (name, run) in enumerate(passes, first):
+        mod = run(mod)
+        if settings.DUMP.value:
+            folder = Path(settings.DUMP.value)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number:02d}_{name}.py").write_text(mod.script())
+        if settings.VERIFY.value:
+            verify(mod, name)
+    return mod

@@ -1,0 +1,132 @@
+"""The build report: what was compiled, how much of it is integer, with which instructions, and what to know about it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import tvm
+
+from tvm_vitq.graph import Dataflow, is_constant, is_movement, value_of
+from tvm_vitq.macs import count_macs
+from tvm_vitq.ops import op_name
+from tvm_vitq.quantized_model import QuantizedModel
+from tvm_vitq.targets import TargetProfile
+
+INSTRUCTIONS = ("vpdpbusd", "smmla", "usmmla", "sdot", "udot", "vpmaddwd", "pmaddwd", "smlal", "smlal2", "smull")
+"""Dot-product and multiply instructions, the one that does most per lane first."""
+
+
+def build_report(
+    quantized: QuantizedModel,
+    lowered: tvm.IRModule,
+    executable: Any,
+    profile: TargetProfile,
+    seconds: float,
+) -> dict[str, Any]:
+    """Plain data: see docs/architecture.md for the fields."""
+    layers = count_macs(quantized.mod)
+    total = sum(layer.macs for layer in layers)
+    integer = sum(layer.macs for layer in layers if layer.integer)
+    islands = [
+        {"name": name, "op": op, "reason": "no integer form", "macs": next((v.macs for v in layers if v.name == name), 0)}
+        for name, op in quantized.float_islands
+    ]
+    plan = quantized.plan
+    report = {
+        "model": quantized.name,
+        "target": str(profile),
+        "isa": profile.isa,
+        "bits": plan.bits,
+        "recipe": plan.recipe,
+        "plan_hash": plan.hash,
+        "input_shape": list(quantized.input_shape),
+        "macs": total,
+        "integer_coverage": integer / total if total else 1.0,
+        "float_islands": islands,
+        "kernels": kernel_table(lowered, executable),
+        "weight_count": weight_count(quantized.mod),
+        "weight_bytes": weight_bytes(quantized.mod),
+        "calibration": {"source": plan.calibration.source, "count": plan.calibration.count},
+        "compile_seconds": round(seconds, 2),
+    }
+    report["warnings"] = _warnings(quantized, report)
+    return report
+
+
+def kernel_table(lowered: tvm.IRModule, executable: Any) -> list[dict[str, Any]]:
+    """Each kernel: name, calls per inference, multiply-accumulates per call, instruction, and how it is scheduled."""
+    calls: dict[str, int] = {}
+    for binding in Dataflow(lowered).bindings:
+        if op_name(binding.value) == "relax.call_tir":
+            name = binding.value.args[0].name_hint
+            calls[name] = calls.get(name, 0) + 1
+    found = instructions_of(assembly(executable))
+    table = []
+    for gvar, function in lowered.functions.items():
+        name = gvar.name_hint
+        if name in calls:
+            macs = int(function.attrs["vitq.macs"]) if "vitq.macs" in function.attrs else 0
+            table.append(
+                {"name": name, "calls": calls[name], "macs": macs, "instruction": found.get(name, "-"), "schedule": "default"}
+            )
+    return sorted(table, key=lambda row: -row["macs"] * row["calls"])
+
+
+def assembly(executable: Any) -> str:
+    """Generated assembly of all kernels."""
+    pending, text = [executable.mod], []
+    while pending:
+        module = pending.pop()
+        pending += list(module.imports)
+        if module.kind == "llvm":
+            text.append(module.inspect_source("asm"))
+    return "\n".join(text)
+
+
+def instructions_of(text: str) -> dict[str, str]:
+    """The first of INSTRUCTIONS that each function of an assembly text contains, its parallel bodies included."""
+    found: dict[str, str] = {}
+    rank = {name: n for n, name in enumerate(INSTRUCTIONS)}
+    current = ""
+    for line in text.splitlines():
+        label = re.match(r"^(?:__tvm_ffi_)?([A-Za-z_][\w.$]*):", line)
+        if label:
+            current = re.sub(r"(_compute_|\.?__tvm_parallel_lambda).*$", "", label[1])
+            continue
+        word = re.match(r"^\s+([a-z]\w*)", line)
+        mnemonic = word[1] if word else ""
+        if mnemonic in rank and rank[mnemonic] < rank.get(found.get(current, ""), len(rank)):
+            found[current] = mnemonic
+    return found
+
+
+def _constants(mod: tvm.IRModule) -> list[Any]:
+    return [
+        value_of(a)
+        for b in Dataflow(mod).bindings
+        if not isinstance(b.value, type(b.var)) and not is_movement(b.value) and hasattr(b.value, "args")
+        for a in b.value.args
+        if is_constant(a)
+    ]
+
+
+def weight_count(mod: tvm.IRModule) -> int:
+    """Weights of all integer matmuls."""
+    return sum(value_of(b.value.args[1]).size for b in Dataflow(mod).bindings if op_name(b.value) == "vitq.int_linear")
+
+
+def weight_bytes(mod: tvm.IRModule) -> int:
+    """Bytes of all constants of the integer graph."""
+    return sum(v.nbytes for v in _constants(mod))
+
+
+def _warnings(quantized: QuantizedModel, report: dict[str, Any]) -> list[str]:
+    warnings = []
+    if report["calibration"]["source"].startswith("synth"):
+        warnings.append("calibrated on synthesized images: pass calibration= real ones for best accuracy")
+    if report["float_islands"]:
+        share = 100 * (1 - report["integer_coverage"])
+        warnings.append(f"{len(report['float_islands'])} operators stay in float ({share:.1f} % of MACs)")
+    warnings += [f"{where}: {note}" for where, note in quantized.plan.notes.items()]
+    return warnings
