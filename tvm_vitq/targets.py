@@ -203,16 +203,19 @@ def _llvm(name: str, **options: Any) -> list[str]:
 
 
 def _check_mcpu(triple: str, arch: str, mcpu: str) -> None:
-    if not mcpu or mcpu in (known := _llvm("cpu_archlist", mtriple=triple)):
+    import tvm  # noqa: F401  (registers the query below)
+    from tvm_ffi import get_global_func
+
+    is_valid = get_global_func("target.llvm_is_valid_cpu")  # also knows aliases, which the list below lacks
+    if not mcpu or is_valid(mcpu, triple):
         return
-    others = [other for other in cpu.ELF_MACHINE if other != arch]
-    home = next((o for o in others if mcpu in _llvm("cpu_archlist", mtriple=f"{o}-linux-gnu")), None)
-    near = nearest(mcpu, known)
+    home = next((other for other in cpu.ELF_MACHINE if is_valid(mcpu, f"{other}-linux-gnu")), None)
+    known = _llvm("cpu_archlist", mtriple=triple)
     raise VitqError(
         f"LLVM knows no {arch} CPU of this name",
         where="target option -mcpu",
         got=mcpu,
-        expected=near or f"one of {', '.join(known)}",
+        expected=nearest(mcpu, known) or f"one of {', '.join(known)}",
         fix=f"{mcpu} is an {home} CPU: add -mtriple={home}-linux-gnu" if home else None,
     )
 
