@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import re
-from pathlib import Path
 
 import pytest
 
@@ -133,6 +133,6 @@ def test_machine_code_of_every_key_is_limited_to_its_features():
 
 
 def test_cpp_knows_the_same_aarch64_flags():
-    header = (Path(__file__).parents[1] / "runtime" / "cpu_features.h").read_text()
+    header = (importlib.resources.files("tvm_vitq.deploy") / "cpu_features.h").read_text()
     named = set(re.findall(r'\{"(\w+)", [12], \d+\}', header))
     assert named == set(cpu.KERNEL_NAME["aarch64"].values())
