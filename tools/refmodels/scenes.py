@@ -1,8 +1,8 @@
 """Procedural images: 32x32 RGB, 36 classes (12 outlines x 3 surfaces), under heavy nuisance.
 
 Colour, position, size, rotation, shear, background, clutter, occlusion, light, blur and sensor noise vary
-freely. What a picture is made of comes from a `Source`; `TRAIN` and `TEST` share no background family, no hue,
-no kind of clutter, no interval of proportions and no random stream, so that test accuracy measures
+freely. What a picture is made of comes from a `Source`; `TRAIN` and `TEST` share no background family, no
+hue, no kind of clutter, no interval of proportions and no random stream, so that test accuracy measures
 generalization.
 """
 

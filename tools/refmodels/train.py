@@ -1,17 +1,15 @@
 """Trains one reference model on procedural images: `python tools/refmodels/train.py vit`.
 
 Every image is drawn once and never repeated, so there is nothing to overfit and no augmentation. The nuisance
-grows during the first part of training, because small transformers do not take off on the full task. The weights
-of linear layers are trained by Muon, which needs several times fewer images here than AdamW; the rest by AdamW.
-Interrupted runs resume from the last checkpoint with the same images.
+grows during the first part of training, because small transformers do not take off on the full task. Muon
+trains the weights of the linear layers, with several times fewer images than AdamW needs here; AdamW trains
+the rest. Interrupted runs resume from the last checkpoint with the same images.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -56,7 +54,7 @@ def main() -> None:
     parser.add_argument("model", choices=["vit", "swin"])
     parser.add_argument("--chunks", type=int, default=90, help=f"training length in chunks of {CHUNK} images")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of AdamW")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="checkpoint file, resumed from if it exists")
     arguments = parser.parse_args()
@@ -125,7 +123,9 @@ def main() -> None:
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "chunks": chunk + 1,
                 "seconds": seconds,
-                "command": json.dumps(["python", "tools/refmodels/train.py", *sys.argv[1:]]),
+                "command": f"python tools/refmodels/train.py {arguments.model} --chunks {arguments.chunks} "
+                f"--batch {arguments.batch} --rate {arguments.rate} --seed {arguments.seed} "
+                f"--out {arguments.out.name}",
             }
             partial = arguments.out.with_suffix(".partial")
             torch.save(state, partial)

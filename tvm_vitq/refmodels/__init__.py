@@ -2,8 +2,8 @@
 
 `names()` lists a ViT and a Swin, each also as a variant of the same function with the outlier channels of
 large pretrained Transformers (see `add_outliers`). The images are procedural, 32x32, 36 classes; test images
-come from sources the models never saw. The image accessors need only NumPy; `load_model` loads torch and timm.
-Images and weights are made by tools/refmodels of the repository.
+come from sources the models never saw. The image accessors need only NumPy; `load_model` loads torch and
+timm. Images and weights are made by tools/refmodels of the repository.
 """
 
 from __future__ import annotations

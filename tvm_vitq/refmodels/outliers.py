@@ -16,8 +16,8 @@ def normalized_linears(model: nn.Module) -> list[tuple[str, nn.LayerNorm, list[n
     """Every LayerNorm whose output enters linear layers and nothing else, by module path, with those layers.
 
     Known structures: a timm block (`norm1` before `attn.qkv`, `norm2` before `mlp.fc1`), Swin's patch merging
-    (`norm` before `reduction`), the last `norm` before `head` (ViT with class token) or `head.fc` (Swin, where
-    the mean over tokens lies between, which commutes with the division).
+    (`norm` before `reduction`), the last `norm` before `head` (ViT with class token) or `head.fc` (Swin,
+    where the mean over tokens lies between, which commutes with the division).
     """
     from torch import nn
 
@@ -49,8 +49,8 @@ def add_outliers(
 
         gamma_c ← f_c · gamma_c,  beta_c ← f_c · beta_c,  W_{:, c} ← W_{:, c} / f_c
 
-    so that W · LN(x) stays what it was up to rounding, while a per-tensor quantizer of LN(x) must now span f_c
-    times the range. 5–10 % of channels times 8–40 is what pretrained ViTs show.
+    so that W · LN(x) stays what it was up to rounding, while a per-tensor quantizer of LN(x) must now span
+    f_c times the range. 5–10 % of channels times 8–40 is what pretrained ViTs show.
 
     Parameters
     ----------
