@@ -233,7 +233,7 @@ def test_linker_failure_is_told(tmp_path):
 
 
 def test_loading_needs_neither_torch_nor_the_compiler(exported, images, expected, tmp_path):
-    """In a fresh process; load and first inference together take less than the second that users are promised.
+    """In a fresh process; load and first inference together take less than the promised second.
 
     Processor time, because a busy machine stretches the clock on the wall.
     """
