@@ -47,12 +47,25 @@ def const(value: Array) -> relax.Expr:
     return relax.const(np.ascontiguousarray(value))
 
 
+def _no_range(var: relax.Var) -> VitqError:
+    return VitqError(
+        "the plan has no range for a tensor of the graph", where=var.name, fix="quantize the model anew"
+    )
+
+
+class _WideFormats(dict[relax.Var, Format]):
+    """Wide format of each variable; a variable without a calibrated range has none."""
+
+    def __missing__(self, var: relax.Var) -> Format:
+        raise _no_range(var)
+
+
 class _Realizer:
     def __init__(self, mod: tvm.IRModule, plan: QuantPlan) -> None:
         self.graph = Dataflow(mod)
         self.plan = plan
         self.builder = relax.BlockBuilder()
-        self.wide = {var: wide_format(r) for var, r in wide_ranges(self.graph, plan).items()}
+        self.wide = _WideFormats({var: wide_format(r) for var, r in wide_ranges(self.graph, plan).items()})
         self.native: dict[relax.Var, tuple[relax.Expr, Format | None]] = {}
         self.converted: dict[tuple, relax.Expr] = {}
         self.mixed: dict[relax.Var, Format] = {}  # quantize bindings whose codes a linear layer already produces
@@ -113,14 +126,17 @@ class _Realizer:
         if name == "vitq.activation":
             site = attrs(value)["site"]
             kind, out = attrs(value)["kind"], self.wanted(var)
-            return None if out is None else activation_input(kind, self.range_of(leaf.value), out, site)
+            return None if out is None else self.index(kind, leaf.value, out, site)
         if name == "relax.multiply" and not any(is_constant(a) for a in value.args):
-            return gate_format(self.range_of(leaf.value))
+            return self.gate(leaf.value)
         if name in ("vitq.layer_norm", "vitq.mean", "relax.add", "relax.multiply"):
             return self.wide[leaf.value]
         if name == "relax.concat":
             return self.wanted(var)
         return None
+
+    def index(self, kind: str, x: relax.Var, out: Format, site: str) -> Format:
+        return activation_input(kind, self.range_of(x), out, site, self.plan.requantize == "shift")
 
     def codes(self, site: str) -> Format:
         q = self.plan[site]
@@ -128,9 +144,7 @@ class _Realizer:
 
     def range_of(self, var: relax.Var) -> float:
         if var.name not in self.plan.ranges:
-            raise VitqError(
-                "the plan has no range for a tensor of the graph", where=var.name, fix="quantize the model anew"
-            )
+            raise _no_range(var)
         return self.plan.ranges[var.name]
 
     def get(self, expr: relax.Expr, to: Format | None) -> relax.Expr:
@@ -159,7 +173,24 @@ class _Realizer:
             return call("vitq.int_quantize", [native, const(np.float32(1.0 / scale)), const(zero)], **limits)
         ratio, have_zero = have.broadcast(shape)
         args = [native, const(np.float32(ratio / scale)), const(zero), const(have_zero)]
-        return call("vitq.int_requantize", args, kind=self.plan.requantize, **limits)
+        return call("vitq.int_requantize", args, kind=self.rounding(ratio / scale, "conversion"), **limits)
+
+    def rounding(self, multiplier: Array, site: str) -> str:
+        """How an operator rounds: "shift" in shift plans, whose constants are powers of two.
+
+        Multiplying by 2**s, s > 0, has nothing to round; operators in which that occurs keep kind "multiply".
+        """
+        if self.plan.requantize == "multiply":
+            return "multiply"
+        exponent = np.log2(np.asarray(multiplier, np.float64))
+        if np.any(exponent != np.rint(exponent)) or np.any(exponent < -31):
+            raise VitqError(
+                "a requantization constant of a shift plan is not a power of two from 2**-31 on",
+                where=site,
+                got=", ".join(f"{v:.6g}" for v in np.ravel(multiplier)[:3]),
+                fix="calibrate with requantize='shift', which makes all scales powers of two",
+            )
+        return "shift" if exponent.max() <= 0 else "multiply"
 
     # Operators -------------------------------------------------------------------------------------------------
 
@@ -221,7 +252,8 @@ class _Realizer:
                 args += [const(p.row_multiplier), const(p.row_zero_point), const(p.colsum)]
         limits = {} if out is None else {"qmin": out.qmin, "qmax": out.qmax}
         dtype = "float32" if out is None else out.dtype
-        return call("vitq.int_linear", args, site=site, out_dtype=dtype, kind=self.plan.requantize, **limits)
+        kind = "multiply" if out is None else self.rounding(made.multiplier, site)
+        return call("vitq.int_linear", args, site=site, out_dtype=dtype, kind=kind, **limits)
 
     def column_formats(self, var: relax.Var) -> Format | None:
         """One format with scales per output channel, if all uses are quantizers that read different channels.
@@ -272,7 +304,7 @@ class _Realizer:
         if out is None:
             return None
         site, kind = attrs(value)["site"], attrs(value)["kind"]
-        x = activation_input(kind, self.range_of(value.args[0]), out, site)
+        x = self.index(kind, value.args[0], out, site)
         table = const(activation_table(kind, x, out, site))
         node = call("vitq.int_lookup", [self.get(value.args[0], x), table], site=site, out_dtype=out.dtype)
         return self.emit(var, node), out
@@ -299,7 +331,7 @@ class _Realizer:
         node = call(
             "vitq.int_attention", args, site=site, softmax=info["kind"], prob_max=probs.qmax, numerator=probs.numerator,
             shift=probs.shift, guard=probs.guard, zero_point=int(out.zero_point), out_dtype=out.dtype,
-            qmin=out.qmin, qmax=out.qmax, kind=self.plan.requantize,
+            qmin=out.qmin, qmax=out.qmax, kind=self.rounding(made.multiplier, site),
         )  # fmt: skip
         return self.emit(var, node), out
 
@@ -320,18 +352,22 @@ class _Realizer:
         if self.all_float(value):
             return None
         out = self.wanted(var) or self.wide[var]
-        limits = {"out_dtype": out.dtype, "qmin": out.qmin, "qmax": out.qmax, "kind": self.plan.requantize}
+        limits = {"out_dtype": out.dtype, "qmin": out.qmin, "qmax": out.qmax}
         constant = [v for v in value.args if is_constant(v)]
         if constant:
             x = next(v for v in value.args if not is_constant(v))
             ratio = value_of(constant[0]) * self.wide[x].scale / out.scale
             args = [self.get(x, self.wide[x]), const(np.float32(ratio)), const(out.zero_point), const(np.int32(0))]
-            return self.emit(var, call("vitq.int_requantize", args, **limits)), out
-        gates = [gate_format(self.range_of(v)) for v in value.args]
+            kind = "multiply"  # by the model's own constant, which no plan makes a power of two
+            return self.emit(var, call("vitq.int_requantize", args, kind=kind, **limits)), out
+        gates = [self.gate(v) for v in value.args]
         factors = [self.get(v, g) for v, g in zip(value.args, gates, strict=True)]
         ratio = gates[0].scale * gates[1].scale / out.scale
-        node = call("vitq.int_multiply", [*factors, const(np.float32(ratio)), const(out.zero_point)], **limits)
-        return self.emit(var, node), out
+        args = [*factors, const(np.float32(ratio)), const(out.zero_point)]
+        return self.emit(var, call("vitq.int_multiply", args, kind=self.rounding(ratio, var.name), **limits)), out
+
+    def gate(self, var: relax.Var) -> Format:
+        return gate_format(self.range_of(var), self.plan.requantize == "shift")
 
     def all_float(self, value: relax.Call) -> bool:
         return all(is_constant(v) or self.native[v][1] is None for v in value.args)

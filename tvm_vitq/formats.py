@@ -14,6 +14,10 @@ WIDE_TARGET_BITS = 21
 """The largest calibrated value of a wide tensor is put just below 2**21, which leaves a factor of 8 before the limit
 2**24 for inputs that exceed the calibration set."""
 
+WIDE_SMALLEST = 2.0**-10
+"""Tensors that stay below this are treated as if they reached it: finer units than 2**-30 serve nobody, and LayerNorm's
+epsilon, which is counted in squared units, would outgrow int64."""
+
 GATE_MAX = 2**15 - 1
 """Largest value of the operands of an elementwise product: the product of two fits int32."""
 
@@ -81,18 +85,26 @@ def scalar_format(dtype: str, scale: float, zero_point: int, qmin: int, qmax: in
 
 def wide_format(largest: float) -> Format:
     """Fixed point with the finest power-of-two unit that keeps `largest` below 2**WIDE_TARGET_BITS."""
-    exponent = WIDE_TARGET_BITS - math.frexp(max(largest, 2.0**-20))[1]
+    exponent = WIDE_TARGET_BITS - math.frexp(max(largest, WIDE_SMALLEST))[1]
     return scalar_format("int32", 2.0**-exponent, 0, -WIDE_MAX, WIDE_MAX)
 
 
-def gate_format(largest: float) -> Format:
+def power_of_two_above(step: float) -> float:
+    """The smallest power of two that is not below `step`."""
+    mantissa, exponent = math.frexp(step)
+    return math.ldexp(1.0, exponent - (mantissa == 0.5))
+
+
+def gate_format(largest: float, power_of_two: bool = False) -> Format:
     """16-bit fixed point for a factor of an elementwise product."""
-    return scalar_format("int16", max(largest, 1e-6) / GATE_MAX, 0, -GATE_MAX, GATE_MAX)
+    step = max(largest, 1e-6) / GATE_MAX
+    return scalar_format("int16", power_of_two_above(step) if power_of_two else step, 0, -GATE_MAX, GATE_MAX)
 
 
-def index_format(low: float, high: float) -> Format:
+def index_format(low: float, high: float, power_of_two: bool = False) -> Format:
     """Positions in a function table over [low, high]; 0 is one of the tabulated arguments when it lies inside."""
     step = (high - low) / (2**INDEX_BITS - 1)
+    step = power_of_two_above(step) if power_of_two else step
     return scalar_format("uint16", step, round(-low / step), 0, 2**INDEX_BITS - 1)
 
 

@@ -15,7 +15,7 @@ SAME_UNIT = ("relax.add", "vitq.mean")
 
 def wide_ranges(graph: Dataflow, plan: QuantPlan) -> dict[relax.Var, float]:
     """Largest calibrated magnitude of each variable's unit class: variables connected by additions, means and data
-    movement share one, so that adding them needs no shift and rounds nothing."""
+    movement share one, so that adding them needs no shift and rounds nothing. A class without a range is left out."""
     parent: dict[relax.Var, relax.Var] = {v: v for v in graph.uses}
 
     def root(v: relax.Var) -> relax.Var:
@@ -24,7 +24,7 @@ def wide_ranges(graph: Dataflow, plan: QuantPlan) -> dict[relax.Var, float]:
             v = parent[v]
         return v
 
-    largest = {v: plan.ranges.get(v.name, 0.0) for v in graph.uses}
+    largest = {v: plan.ranges[v.name] for v in graph.uses if v.name in plan.ranges}
     for binding in graph.bindings:
         value = binding.value
         if isinstance(value, relax.Var):
@@ -34,8 +34,9 @@ def wide_ranges(graph: Dataflow, plan: QuantPlan) -> dict[relax.Var, float]:
                 if isinstance(operand, relax.Var):
                     parent[root(operand)] = root(binding.var)
                 elif is_constant(operand):
-                    largest[binding.var] = max(largest[binding.var], float(np.abs(value_of(operand)).max()))
+                    reach = float(np.abs(value_of(operand)).max())
+                    largest[binding.var] = max(largest.get(binding.var, 0.0), reach)
     merged: dict[relax.Var, float] = {}
     for v, value in largest.items():
         merged[root(v)] = max(merged.get(root(v), 0.0), value)
-    return {v: merged[root(v)] for v in graph.uses}
+    return {v: merged[root(v)] for v in graph.uses if root(v) in merged}

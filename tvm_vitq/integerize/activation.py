@@ -53,11 +53,13 @@ def scalar_function(kind: str, site: str) -> ScalarFunction:
     return FUNCTIONS[kind]
 
 
-def activation_input(kind: str, largest: float, out: Format, site: str) -> Format:
+def activation_input(
+    kind: str, largest: float, out: Format, site: str, power_of_two: bool = False
+) -> Format:
     """Index format of the argument: the part of [-largest, largest] in which the stored result still changes.
 
     Below ``low`` the function is constant; above ``high`` it is constant or the identity, and the identity ends where
-    the output format saturates.
+    the output format saturates. `power_of_two` asks for a step that shift requantization can reach.
     """
     function = scalar_function(kind, site)
     low, high = max(-1.25 * largest, function.low), 1.25 * largest
@@ -67,7 +69,7 @@ def activation_input(kind: str, largest: float, out: Format, site: str) -> Forma
         high = float(arguments[reached.argmax()]) if reached.any() else high
     else:
         high = min(high, function.high)
-    return index_format(low, max(high, low + 1e-3))
+    return index_format(low, max(high, low + 1e-3), power_of_two)
 
 
 def activation_table(kind: str, x: Format, out: Format, site: str) -> Array:

@@ -29,6 +29,11 @@ class AttentionConstants:
     probabilities: Probabilities
 
 
+def _largest(f: Format) -> float:
+    """Largest distance of a code from its zero point."""
+    return float(np.maximum(f.qmax - f.zero_point, f.zero_point - f.qmin).max())
+
+
 def _per_head(value: Array, heads: int, dtype: type) -> Array:
     return np.broadcast_to(np.asarray(value), (heads,)).astype(dtype)
 
@@ -44,7 +49,7 @@ def probabilities(kind: str, bits: int, scale: float, keys: int, site: str) -> P
     guard = exp2_guard_bits(keys)
     if guard < 0:
         raise VitqError(
-            "too many keys for the integer softmax", where=site, got=keys, expected="at most 32767 tokens"
+            "too many keys for the integer softmax", where=site, got=keys, expected="at most 65535 tokens"
         )
     return Probabilities("softmax", qmax, round(2**shift / scale), shift, guard)
 
@@ -64,8 +69,8 @@ def attention_constants(
     site: str,
 ) -> AttentionConstants:
     """``score_multiplier = s_q s_k scale log2(e) 2**SCORE_BITS``, ``multiplier = s_p s_v / s_out``, per head."""
-    require(255.0 * 255 * depth, site, "q @ k", "use fewer channels per head")
-    require(255.0 * 255 * keys, site, "probabilities @ v", "use fewer tokens")
+    require(_largest(q) * _largest(k) * depth, site, "q @ k", "use fewer bits or fewer channels per head")
+    require(probs.qmax * _largest(v) * keys, site, "probabilities @ v", "use fewer bits or fewer tokens")
     score = q.scale * k.scale * scale * math.log2(math.e) * 2.0**SCORE_BITS
     return AttentionConstants(
         _per_head(score, heads, np.float32),

@@ -31,12 +31,13 @@ def layer_norm_constants(
     there is room for: at least 13 for the widest channel of an 8-bit output.
     """
     channels = len(gamma)
-    if channels * (2.0 * WIDE_MAX) ** 2 > 2.0**63:
+    epsilon = max(1, round(channels * eps / float(x.scale) ** 2))
+    if channels * (2 * WIDE_MAX) ** 2 + epsilon >= 2**63:
         raise VitqError(
             "LayerNorm is too wide for its 64-bit sum of squares",
             where=site,
-            got=channels,
-            expected="at most 8192 channels",
+            got=f"{channels} channels, eps {eps:g}",
+            expected="at most 8192 channels, and an eps that is small against the variances",
         )
     slope = np.abs(gamma / out.scale)
     level = np.abs(beta / out.scale + out.zero_point)
@@ -44,7 +45,6 @@ def layer_norm_constants(
         gain = np.rint(gamma / out.scale * 2.0 ** (shift - NORM_BITS))
         offset = np.rint((beta / out.scale + out.zero_point) * 2.0**shift + 2.0 ** (shift - 1))
         if (NORM_MAX * np.abs(gain) + np.abs(offset)).max() <= INT32_MAX:
-            epsilon = max(1, round(channels * eps / float(x.scale) ** 2))
             return LayerNormConstants(gain.astype(np.int32), offset.astype(np.int32), shift, epsilon)
     raise VitqError(
         "the affine part of LayerNorm does not fit int32",

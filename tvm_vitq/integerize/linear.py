@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.formats import WIDE_TARGET_BITS, Format
+from tvm_vitq.formats import Format, wide_format
 from tvm_vitq.integerize.headroom import linear_bound, require
-from tvm_vitq.numerics import Array, Partial
+from tvm_vitq.numerics import WIDE_MAX, Array, Partial
 
 OFFSET_CODES = 128
 """x86 dot products need unsigned codes, so kernels may add 128 to each; headroom is proved for that as well."""
@@ -50,11 +50,13 @@ def linear_constants(
     With one scale for x and one per output channel the sum is ``dot + bias_q - zero_x * sum_k w``, and requantization
     multiplies by ``s_x s_w / s_out``. Otherwise see numerics.Partial.
     """
+    plain = weight_scale.shape[1] == 1 and x.granularity == "tensor"
+    if plain:
+        weight_scale = np.maximum(weight_scale, _least_unit(bias)[:, None] / x.scale)
     scale = np.repeat(weight_scale, weight.shape[1] // weight_scale.shape[1], axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.where(scale > 0, np.rint(weight / scale), 0.0)
     w = np.clip(codes, -weight_max, weight_max).astype(np.int8)
-    plain = weight_scale.shape[1] == 1 and x.granularity in ("tensor", "channel")
     if x.granularity == "channel":
         raise VitqError(
             "input scales per channel must be folded into the weights before the layer is realized",
@@ -64,22 +66,28 @@ def linear_constants(
     out_scale = 1.0 if out is None else out.scale
     zero_point = np.zeros(1, np.int32) if out is None else np.atleast_1d(out.zero_point).astype(np.int32)
     if plain:
-        unit = np.maximum(x.scale * weight_scale[:, 0], 1e-30)
+        empty = np.maximum(64 * _least_unit(bias), np.broadcast_to(out_scale, bias.shape) * 2.0**-24)
+        unit = np.where(w.any(1), x.scale * weight_scale[:, 0], empty)
         integer_bias = np.rint(bias / unit) - int(x.zero_point) * w.astype(np.int64).sum(1)
         _prove(w, integer_bias, x, site)
         multiplier = (unit / out_scale).astype(np.float32)
         return LinearConstants(w, integer_bias.astype(np.int32), multiplier, zero_point, None)
-    unit_sum = largest * 2.0**-WIDE_TARGET_BITS
+    unit_sum = float(wide_format(largest).scale)
     partial = _partial(w, weight_scale, x, unit_sum, site)
     integer_bias = np.rint(bias / unit_sum)
-    require(
-        float(np.abs(integer_bias).max()) + len(partial.multiplier) * 2.0**24,
-        site,
-        "the bias",
-        "use wider weights",
-    )
+    bound = float(np.abs(integer_bias).max()) + len(partial.multiplier) * float(WIDE_MAX)
+    require(bound, site, "the sum over groups", "use larger groups, at most 127 of them")
     multiplier = np.atleast_1d(unit_sum / np.asarray(out_scale)).astype(np.float32)
     return LinearConstants(w, integer_bias.astype(np.int32), multiplier, zero_point, partial)
+
+
+def _least_unit(bias: Array) -> Array:
+    """The unit of an accumulator below which a bias would take more than a quarter of int32: a power of two.
+
+    Only rows whose weights are negligible beside their bias are coarser than their weight scale asks for: all products
+    together stay below 2**29 for up to 2**14 input channels.
+    """
+    return np.exp2(np.ceil(np.log2(np.maximum(np.abs(bias), 2.0**-100)))) * 2.0**-29
 
 
 def _prove(w: Array, bias: Array, x: Format, site: str) -> None:
@@ -102,7 +110,11 @@ def _partial(w: Array, weight_scale: Array, x: Format, unit: float, site: str) -
             got=f"{depth} input channels, {inner[1]} groups of the input, {inner[0]} of the weight",
             expected="numbers of groups that divide each other and the channels",
         )
-    sums = w.astype(np.int64).reshape(len(w), groups, -1).sum(-1).T
+    parts = w.astype(np.int64).reshape(len(w), groups, -1)
+    sums = parts.sum(-1).T
+    farthest = np.maximum(x.qmax - x.zero_point, x.zero_point - x.qmin).max()
+    bound = float(np.abs(parts).sum(-1).max()) * (int(farthest) + OFFSET_CODES)
+    require(bound, site, "a group", "use fewer bits for its input or weight, or smaller groups")
     by_weight = np.repeat(weight_scale.T, groups // inner[0], axis=0)
     if x.granularity == "token":
         row = np.atleast_1d(x.scale)
