@@ -11,8 +11,9 @@ import subprocess
 import numpy as np
 import pytest
 
-from tvm_vitq import cpu, deploy_kit, emulate, library_format
+from tvm_vitq import cpu, deploy_kit, emulate, library_format, targets
 from tvm_vitq.errors import VitqError
+from tvm_vitq.runtime import Library
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,26 @@ def test_emulated_cpus_have_what_libraries_of_their_isa_need(
         path = toy_library(f"aarch64-{other}").export_library(tmp_path / f"{other}.so")
         with pytest.raises(VitqError, match="lacks"):
             run_under_qemu(path, images, cpu=emulate.CPU_OF_ISA[isa])
+
+
+def test_functions_of_the_math_library_are_found(run_under_qemu, images, tmp_path):
+    """Operators left in float may call libm, which the library does not name as a dependency."""
+    import tvm
+    from tvm import relax
+
+    block = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((1, 3, 8, 8), "float32"))
+    with block.function("main", [x]):
+        with block.dataflow():
+            y = block.emit(relax.op.tan(relax.op.exp(x)))
+            out = block.emit_output(relax.op.reshape(y, (1, 192)))
+        block.emit_func_output(out)
+    profile = targets.parse("aarch64-neon")
+    executable = tvm.compile(block.get(), profile.target)
+    info = library_format.LibraryInfo("float", profile, (1, 3, 8, 8), 192)
+    path = Library(info, executable=executable).export_library(tmp_path / "float.so")
+    small = images[:1] / 16
+    np.testing.assert_allclose(run_under_qemu(path, small).ravel(), np.tan(np.exp(small)).ravel(), rtol=1e-4)
 
 
 def test_unknown_cpu_model(run_under_qemu, neon, images):
