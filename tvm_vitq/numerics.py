@@ -214,7 +214,7 @@ RSQRT_STEPS = 4
 
 
 def int_rsqrt(v: Array) -> tuple[Array, Array]:
-    """``1 / sqrt(v)`` of positive int64 values as ``y * 2**-30 * 2**-s``; y int64 in (2**29, 2**30], s int64.
+    """``1 / sqrt(v)`` of positive int64 values as ``y * 2**-30 * 2**-s``; y int64 in [2**29, 2**30], s int64.
 
     With ``v = m * 4**s`` and ``m = n * 2**-28`` in [1, 4), Newton's iteration ``y <- y (3 - m y**2) / 2`` runs on
     30-bit integers; every product stays below 2**62. n keeps 29 or 30 bits of v (lower ones are cut off).
