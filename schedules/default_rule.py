@@ -1,0 +1,87 @@
+"""The schedule of every function that is not a kernel of its own: elementwise chains, copies, poolings, float islands.
+
+Elementwise producers are inlined into elementwise consumers; outer loops run in parallel, the innermost one in vectors.
+Reductions keep their order: lanes run over independent outputs, so no schedule changes a value.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import tvm
+from tvm.s_tir import Schedule, ScheduleError
+
+MAX_LANES = 16
+PARALLEL_FROM = 1 << 14
+"""Loop iterations from which starting threads pays: about 10 us of work."""
+
+SPATIAL = 0  # tvm.tirx.IterVar.DataPar
+
+
+def schedule_default(func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
+    """Schedule any function of spatial and reduction blocks for a CPU."""
+    sch = Schedule(tvm.IRModule({"main": func}))
+    for block in _blocks(sch):
+        if _is_elementwise(sch, block) and all(_is_elementwise(sch, c) for c in sch.get_consumers(block)):
+            _inline(sch, block)
+    for block in _blocks(sch):
+        _schedule_block(sch, block)
+    return sch.mod["main"].with_attrs(dict(func.attrs))
+
+
+def _blocks(sch: Schedule) -> list[Any]:
+    return list(sch.get_child_blocks(sch.get_sblock("root")))
+
+
+def _kinds(sch: Schedule, block: Any) -> list[int]:
+    return [int(v.iter_type) for v in sch.get(block).iter_vars]
+
+
+def _is_elementwise(sch: Schedule, block: Any) -> bool:
+    return all(kind == SPATIAL for kind in _kinds(sch, block))
+
+
+def _inline(sch: Schedule, block: Any) -> None:
+    """Inline a block into its consumers; one that writes a result of the function cannot be and stays."""
+    try:
+        sch.compute_inline(block)
+    except ScheduleError:
+        return
+
+
+def _extent(sch: Schedule, loops: list[Any]) -> int:
+    return math.prod(int(sch.get(loop).extent) for loop in loops)
+
+
+def _schedule_block(sch: Schedule, block: Any) -> None:
+    loops, kinds = list(sch.get_loops(block)), _kinds(sch, block)
+    if not loops or len(loops) != len(kinds):
+        return  # a scalar
+    spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == SPATIAL]
+    reduction = [loop for loop, kind in zip(loops, kinds, strict=True) if kind != SPATIAL]
+    work = _extent(sch, loops)
+    if not spatial:
+        return  # one number; the order of its sum is the program's
+    outer, vector = _split_lanes(sch, spatial)
+    sch.reorder(*outer, *reduction, *vector)
+    if outer:
+        fused = sch.fuse(*outer)
+        if work >= PARALLEL_FROM:
+            sch.parallel(fused)
+    for loop in vector:
+        sch.vectorize(loop)
+    if reduction:
+        initial = sch.decompose_reduction(block, reduction[0])
+        if vector:
+            sch.vectorize(sch.get_loops(initial)[-1])
+
+
+def _split_lanes(sch: Schedule, spatial: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The loops outside of the lanes, and the loop over them (none if the innermost extent is odd)."""
+    *outer, last = spatial
+    lanes = math.gcd(_extent(sch, [last]), MAX_LANES)
+    if lanes == 1:
+        return spatial, []
+    blocks, lane = sch.split(last, [None, lanes])
+    return [*outer, blocks], [lane]

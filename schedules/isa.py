@@ -1,0 +1,142 @@
+"""What the kernels ask of an instruction set, and the table of those that are implemented.
+
+A new instruction set is one new file with a subclass of `Isa` and one line in `_MODULES`.
+
+Packed right operands (weights at build; K and V of attention in the kernel) have the same form everywhere: panels of
+`columns` output columns, each ``[depth / step][columns][step]`` int8, where `step` consecutive depths of one column lie
+side by side because one instruction multiplies and sums them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm_vitq.errors import VitqError, nearest
+from tvm_vitq.schedules import tir
+from tvm_vitq.schedules.tir import TB, Expr
+
+Left = Callable[[int, Expr, int], Expr]
+"""``left(row, k, n)``: elements k .. k+n-1 of a row of the tile, in `Isa.left_dtype`."""
+
+Right = Callable[[Expr, int], Expr]
+"""``right(offset, n)``: n int8 elements of the packed panel."""
+
+Sink = Callable[[int, int, Expr, int], None]
+"""``sink(row, column, value, lanes)`` receives int32 sums."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile sizes of a matrix product: plain data, so that tuning can sample them.
+
+    rows, columns : the register tile; columns is a multiple of 16.
+    block_rows : rows that one task computes for one panel of columns.
+    """
+
+    rows: int
+    columns: int
+    block_rows: int = 192
+
+
+class Isa:
+    """An instruction set with a dot product of int8 operands into int32 lanes.
+
+    Attributes
+    ----------
+    name : str
+        Also the name in kernel reports.
+    lanes : int
+        int32 lanes of a register.
+    step : int
+        Depths that one instruction sums into one lane.
+    unit : int
+        Depths of one iteration of the innermost loop; packed operands are zero padded to a multiple.
+    instruction : str
+        Mnemonic of the dot product, as it appears in generated assembly.
+    tile : Tile
+        The default register tile.
+    """
+
+    name: str
+    lanes: int
+    step: int
+    unit: int
+    instruction: str
+    tile: Tile
+
+    def left_dtype(self, source: str) -> str:
+        """The type in which left operands given as `source` (int8 or uint8) are read; another type means staging."""
+        return source
+
+    def offset(self, source: str) -> int:
+        """What the instruction adds to every left element; the product then exceeds the true one by offset * colsum."""
+        return 0
+
+    def convert_left(self, value: Expr, source: str, lanes: int) -> Expr:
+        """A vector of `source` elements in `left_dtype`, as `matmul` reads it."""
+        return value
+
+    def dot(self, acc: Expr, left: Expr, right: Expr, source: str, full_range: bool) -> Expr:
+        """``acc[j] + sum_i left[i] * right[j, i]`` over `step` depths."""
+        raise NotImplementedError
+
+    def broadcast_left(self, word: Expr, source: str) -> Expr:
+        """`step` consecutive left elements repeated in all lanes."""
+        raise NotImplementedError
+
+    def load_right(self, right: Right, offset: Expr) -> Expr:
+        """One vector of `lanes * step` packed elements as the instruction takes them."""
+        return right(offset, self.lanes * self.step)
+
+    def matmul(
+        self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str, full_range: bool
+    ) -> None:
+        """Emits the register tile ``rows x columns`` of a product over `depth` (a multiple of `unit`).
+
+        full_range : right elements may be -128 (attention); weights never are.
+        """
+        vectors = columns // self.lanes
+        acc = [[tir.scratch(self.lanes, "int32") for _ in range(vectors)] for _ in range(rows)]
+        for buffer in (b for line in acc for b in line):
+            tir.store(buffer, tir.constant(0, "int32", self.lanes), 0, self.lanes)
+        with TB.serial(0, depth // self.unit) as block:
+            for k in range(0, self.unit, self.step):
+                base = block * (self.unit * columns) + k * columns
+                loaded = [
+                    tir.let(self.load_right(right, base + v * self.lanes * self.step)) for v in range(vectors)
+                ]
+                for r in range(rows):
+                    word = tir.let(self.broadcast_left(left(r, block * self.unit + k, self.step), source))
+                    for v in range(vectors):
+                        old = tir.load(acc[r][v], 0, self.lanes)
+                        tir.store(acc[r][v], self.dot(old, word, loaded[v], source, full_range), 0, self.lanes)
+        for r in range(rows):
+            for v in range(vectors):
+                sink(r, v * self.lanes, tir.load(acc[r][v], 0, self.lanes), self.lanes)
+
+
+_MODULES = {
+    "avx512vnni": "isa_avx512vnni",
+    "avxvnni": "isa_avxvnni",
+    "avx2": "isa_avx2",
+    "x86_64": "isa_x86_64",
+    "neon": "isa_neon",
+    "dotprod": "isa_dotprod",
+    "i8mm": "isa_i8mm",
+}
+
+
+def isa(name: str) -> Isa:
+    """The instruction set called `name`; raises VitqError for an unknown one."""
+    if name not in _MODULES:
+        raise VitqError(
+            "unknown instruction set", got=name, expected=", ".join(_MODULES), fix=nearest(name, _MODULES) or None
+        )
+    return importlib.import_module(f"tvm_vitq.schedules.{_MODULES[name]}").ISA
+
+
+def isa_names() -> tuple[str, ...]:
+    """All instruction sets, the fastest of each architecture first."""
+    return tuple(_MODULES)

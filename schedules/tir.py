@@ -1,0 +1,144 @@
+"""Short names for the TIR that the kernels are made of: explicit loops over fixed-width vectors.
+
+Kernels are written with the IRBuilder, not with schedule primitives: the loop nest, the registers and the layouts are
+decided here, TVM and LLVM only translate them. Vectors of 16 lanes are legalized by LLVM for every target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tvm
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as TB
+
+from tvm_vitq.numerics import WIDE_MAX
+
+Expr = Any
+"""A TIR expression; TVM's Python classes are not typed."""
+
+LANES = 16
+"""Lanes of the vectors that do not touch an instruction set: epilogues, LayerNorm, softmax, elementwise."""
+
+
+def prim_func(name: str, emit: Callable[[], None]) -> tvm.tirx.PrimFunc:
+    """The PrimFunc that `emit` builds; arguments do not alias."""
+    with IRBuilder() as builder:
+        with TB.prim_func(s_tir=True):
+            TB.func_name(name)
+            TB.func_attr({"global_symbol": name, "tirx.noalias": True})
+            emit()
+    return builder.get()
+
+
+def argument(name: str, shape: tuple[int, ...], dtype: str) -> Expr:
+    """Declares the next buffer argument."""
+    return TB.arg(name, TB.Buffer(shape, dtype))
+
+
+def scratch(size: int, dtype: str) -> Expr:
+    """A private flat buffer; below 1 KiB it lives on the stack and LLVM promotes it to registers where it can."""
+    return TB.alloc_buffer((size,), dtype)
+
+
+@contextmanager
+def when(condition: Expr) -> Iterator[None]:
+    """An if without else; a condition that is known when the kernel is generated leaves no branch."""
+    with TB.If(condition):
+        with TB.Then():
+            yield
+
+
+def choose(condition: Expr, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    """If, then, else."""
+    with TB.If(condition):
+        with TB.Then():
+            then()
+        with TB.Else():
+            otherwise()
+
+
+def load(buffer: Expr, indices: Expr | list[Expr], lanes: int = LANES) -> Expr:
+    """`lanes` consecutive elements; the last index is that of the first."""
+    indices = indices if isinstance(indices, list) else [indices]
+    dtype = str(buffer.dtype)
+    return buffer.vload(indices, dtype if lanes == 1 else f"{dtype}x{lanes}")
+
+
+def store(buffer: Expr, value: Expr, indices: Expr | list[Expr], lanes: int = LANES) -> None:
+    """Stores `lanes` consecutive elements."""
+    indices = indices if isinstance(indices, list) else [indices]
+    last = indices[-1] if lanes == 1 else TB.ramp(indices[-1], 1, lanes)
+    TB.buffer_store(buffer, value, [*indices[:-1], last])
+
+
+def let(value: Expr) -> Expr:
+    """Evaluates once, so that a value used several times is not a tree copied several times."""
+    return TB.bind(value)
+
+
+def splat(value: Expr, lanes: int = LANES) -> Expr:
+    """A vector of equal lanes."""
+    return TB.broadcast(value, lanes)
+
+
+def constant(value: int | float, dtype: str, lanes: int = LANES) -> Expr:
+    """A vector of equal constants."""
+    scalar = tvm.tirx.const(value, dtype)
+    return scalar if lanes == 1 else TB.broadcast(scalar, lanes)
+
+
+def _type(dtype: str, lanes: int) -> str:
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def cast(value: Expr, dtype: str, lanes: int = LANES) -> Expr:
+    """Conversion by value; int32 to float32 rounds to nearest even, integer narrowing drops high bits."""
+    return tvm.tirx.Cast(_type(dtype, lanes), value)
+
+
+def reinterpret(value: Expr, dtype: str) -> Expr:
+    """The same bits as another type (`dtype` with lanes)."""
+    return T.reinterpret(value, dtype=dtype)
+
+
+def intrinsic(name: str, dtype: str, *operands: Expr) -> Expr:
+    """A call of an LLVM intrinsic without side effects."""
+    return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), *operands, dtype=dtype)
+
+
+def rint(value: Expr, lanes: int = LANES) -> Expr:
+    """float32 to int32, ties to even: one instruction on every target. |value| < 2**31."""
+    return intrinsic("llvm.lrint", _type("int32", lanes), value)
+
+
+def minimum(a: Expr, b: Expr) -> Expr:
+    return tvm.tirx.Min(a, b)
+
+
+def maximum(a: Expr, b: Expr) -> Expr:
+    return tvm.tirx.Max(a, b)
+
+
+def clip(value: Expr, low: int | float, high: int | float, dtype: str, lanes: int = LANES) -> Expr:
+    return minimum(maximum(value, constant(low, dtype, lanes)), constant(high, dtype, lanes))
+
+
+def round_multiply(value: Expr, multiplier: Expr, lanes: int = LANES, *, limit: bool = True) -> Expr:
+    """numerics.round_multiply of int32 lanes; `limit=False` where |value * multiplier| <= WIDE_MAX is proved."""
+    scaled = cast(value, "float32", lanes) * multiplier
+    if limit:
+        scaled = clip(scaled, float(-WIDE_MAX), float(WIDE_MAX), "float32", lanes)
+    return rint(scaled, lanes)
+
+
+def shuffle(value: Expr, indices: list[int]) -> Expr:
+    """Lanes of `value` picked by constant positions."""
+    return tvm.tirx.Shuffle([value], [tvm.tirx.const(i, "int32") for i in indices])
+
+
+def ceildiv(a: int, b: int) -> int:
+    return -(-a // b)
