@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import tvm
 from tvm_vitq.relax_passes.lower_kernels import KERNEL_ATTRIBUTE
+from tvm_vitq.schedules.default_rule import schedule_default
 
-from tvm_vitq.targets import TargetProfile
 
-
-def schedule_rest(mod: tvm.IRModule, profile: TargetProfile) -> tvm.IRModule:
+def schedule_rest(mod: tvm.IRModule) -> tvm.IRModule:
     """Replace unscheduled functions by scheduled ones; nothing runs as a plain loop nest."""
-    from tvm_vitq.schedules.elementwise import schedule_default
-
     functions = {}
     for name, function in mod.functions.items():
         if isinstance(function, tvm.tirx.PrimFunc) and KERNEL_ATTRIBUTE not in function.attrs:
-            function = schedule_default(function, profile.isa)
+            function = schedule_default(function)
         functions[name] = function
     return tvm.IRModule(functions, attrs=mod.attrs)

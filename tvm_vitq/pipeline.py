@@ -43,7 +43,7 @@ def lower_passes(profile: TargetProfile) -> list[tuple[str, Pass]]:
         ("fuse_ops", relax.transform.FuseOps()),
         ("fuse_tir", relax.transform.FuseTIR()),
         ("dead_code", relax.transform.DeadCodeElimination(["main"])),
-        ("schedule_rest", lambda mod: schedule_rest(mod, profile)),
+        ("schedule_rest", schedule_rest),
     ]
 
 
