@@ -31,6 +31,11 @@ SMALLEST_RATIO = 2.0**-10
 """Channels narrower than this share of the mean are scaled as if they were that wide: gamma / r stays
 moderate, and such a channel has no influence that finer steps could keep."""
 
+FINEST_STEP = 2.0**-9
+"""Smallest step of a channel in units of |gamma|, the channel's standard deviation over all normalized inputs. A
+channel that hardly changes over the calibration images (a class token, say) would otherwise get a step so fine that
+the integer LayerNorm has no headroom for it."""
+
 
 @dataclass
 class Fold:
@@ -140,7 +145,8 @@ def _apply(
     ranges = [rule(summary, bits, False) for summary in summaries]
     low = torch.stack([low for low, _ in ranges]).amin(0).double().numpy()
     high = torch.stack([high for _, high in ranges]).amax(0).double().numpy()
-    step = (high - low) / (2**bits - 1)
+    constants = {n: v.double().numpy() for n, v in job.executor.constants.items() if _of(fold, n)}
+    step = np.maximum((high - low) / (2**bits - 1), FINEST_STEP * np.abs(constants[f"{fold.layer}.gamma"]))
     if not step.max() > 0:
         job.notes[fold.layer] = "per-channel scales not folded: its output is constant"
         for site in fold.sites:
@@ -153,13 +159,13 @@ def _apply(
     common_zero = int(np.clip(np.rint(zero.mean()), 0, 2**bits - 1))
     ratio, shift = step / common, common * (common_zero - zero)
 
-    constants = {n: v.double().numpy() for n, v in job.executor.constants.items() if _of(fold, n)}
-    changed[f"{fold.layer}.gamma"] = constants[f"{fold.layer}.gamma"] / ratio
-    changed[f"{fold.layer}.beta"] = constants[f"{fold.layer}.beta"] / ratio - shift
+    new = {f"{fold.layer}.gamma": constants[f"{fold.layer}.gamma"] / ratio}
+    new[f"{fold.layer}.beta"] = constants[f"{fold.layer}.beta"] / ratio - shift
     for linear in dict.fromkeys(fold.linears):
         weight = constants[f"{linear}.weight"] * ratio
-        changed[f"{linear}.weight"] = weight
-        changed[f"{linear}.bias"] = constants[f"{linear}.bias"] + weight @ shift
+        new[f"{linear}.weight"] = weight
+        new[f"{linear}.bias"] = constants[f"{linear}.bias"] + weight @ shift
+    changed |= {name: value.astype(np.float32) for name, value in new.items()}
     for site in fold.sites:
         job.quantizers[site] = SiteQuantizer(bits, [common], [common_zero])
 
