@@ -66,7 +66,12 @@ class CanonicalizeActivations(Rewriter):
         if operator == "relax.clip" and _near(number, 1 / 6):
             shifted = self.call_of(inner.args[0], "relax.add")
             bounds = [float(a.value) for a in inner.args[1:3]]
-            if shifted is not None and shifted.args[0].same_as(x) and scalar_of(shifted.args[1]) == 3 and bounds == [0, 6]:
+            if (
+                shifted is not None
+                and shifted.args[0].same_as(x)
+                and scalar_of(shifted.args[1]) == 3
+                and bounds == [0, 6]
+            ):
                 return "hardswish"
         if operator == "relax.add" and scalar_of(inner.args[1]) == 1 and _near(number, 0.5):
             return self.gelu(x, self.definition(inner.args[0]))
@@ -99,7 +104,9 @@ class CanonicalizeActivations(Rewriter):
             return power is not None and power.args[0].same_as(x) and scalar_of(power.args[1]) == 3
         if len(terms) == 2:
             powers = [self.call_of(t, "relax.power") for t in terms]
-            squares = [p for p in powers if p is not None and p.args[0].same_as(x) and scalar_of(p.args[1]) == 2]
+            squares = [
+                p for p in powers if p is not None and p.args[0].same_as(x) and scalar_of(p.args[1]) == 2
+            ]
             return len(squares) == 1 and any(t.same_as(x) for t in terms)
         return len(terms) == 3 and all(t.same_as(x) for t in terms)
 

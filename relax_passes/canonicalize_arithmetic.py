@@ -101,7 +101,9 @@ class CanonicalizeArithmetic(Rewriter):
         return self.kept(relax.op.add, x, value, call)
 
     @staticmethod
-    def kept(op: Callable[[Expr, Expr], Call], x: Expr, value: np.ndarray | np.float32, call: Call) -> Call | None:
+    def kept(
+        op: Callable[[Expr, Expr], Call], x: Expr, value: np.ndarray | np.float32, call: Call
+    ) -> Call | None:
         """`call` itself when it has this very form already; Relax keeps the constant rather than a copy of it."""
         same_form = op_name(call) == op(x, x).op.name and x.same_as(call.args[0])
         return None if same_form else op(x, constant(np.asarray(value, dtype="float32")))
@@ -116,7 +118,11 @@ class CanonicalizeArithmetic(Rewriter):
         begin, sums = 0, []
         for part in parts:
             size = shape_of(part)[axis]
-            piece = value if value.shape[axis] == 1 else value[(slice(None),) * axis + (slice(begin, begin + size),)]
+            piece = (
+                value
+                if value.shape[axis] == 1
+                else value[(slice(None),) * axis + (slice(begin, begin + size),)]
+            )
             begin += size
             if is_constant(part):
                 sums.append(constant(value_of(part) + piece))
@@ -128,5 +134,3 @@ class CanonicalizeArithmetic(Rewriter):
 def canonicalize_arithmetic() -> tvm.transform.Pass:
     """The pass over ``main``."""
     return rewriting_pass(CanonicalizeArithmetic, "CanonicalizeArithmetic")
-
-

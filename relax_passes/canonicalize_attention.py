@@ -38,6 +38,8 @@ class Scores:
     kt: Expr
     scale: float
     additive: list[np.ndarray] = field(default_factory=list)
+    per_head: list[np.ndarray] = field(default_factory=list)
+    """Factors that differ between heads, as in cosine attention; shaped to broadcast to q."""
 
 
 class CanonicalizeAttention(Rewriter):
@@ -62,13 +64,20 @@ class CanonicalizeAttention(Rewriter):
             return None
         layer = layer_of(name)
         (q, q_scale), (kt, k_scale) = self.unscaled(scores.q), self.unscaled(scores.kt)
+        for factor in scores.per_head:
+            if len(shape_of(q)) != factor.ndim:
+                return None
+            q = self.emit(relax.op.multiply(q, constant(factor)), f"{layer}:q_scale")
         rank = len(shape_of(kt))
         k = self.emit(relax.op.permute_dims(kt, [*range(rank - 2), rank - 1, rank - 2]), f"{layer}:permute")
-        operands = [self.emit(relax.op.reshape(t, (*lead, *shape_of(t)[-2:])), f"{layer}:reshape") for t in (q, k, v)]
+        operands = [
+            self.emit(relax.op.reshape(t, (*lead, *shape_of(t)[-2:])), f"{layer}:reshape") for t in (q, k, v)
+        ]
         masks = [constant(m) for m in additive_terms(scores.additive, lead, kind)]
         scale = scores.scale * q_scale * k_scale
         mixed = self.emit(
-            ops.call("vitq.attention", [*operands, *masks], site=layer, scale=scale, kind=kind), f"{layer}:attention"
+            ops.call("vitq.attention", [*operands, *masks], site=layer, scale=scale, kind=kind),
+            f"{layer}:attention",
         )
         return relax.op.reshape(mixed, shape_of(call))
 
@@ -107,21 +116,35 @@ class CanonicalizeAttention(Rewriter):
 
     def scores(self, expr: Expr) -> Scores | None:
         """Peel constant additions, number multiplications and masking off until the matmul is reached."""
-        scale, additive, target = 1.0, [], shape_of(expr)
+        scale, additive, per_head, target = 1.0, [], [], shape_of(expr)
         while True:
             call = self.definition(expr)
             operator = op_name(call)
             if operator == "relax.matmul":
-                return None if is_constant(call.args[1]) else Scores(*call.args, scale, additive)
-            if operator == "relax.add" and is_constant(call.args[1]) and shape_of(call.args[0]) == shape_of(call):
-                additive.append(spread(value_of(call.args[1]), shape_of(call), target) * np.float32(scale))
+                return None if is_constant(call.args[1]) else Scores(*call.args, scale, additive, per_head)
+            if (
+                operator == "relax.add"
+                and is_constant(call.args[1])
+                and shape_of(call.args[0]) == shape_of(call)
+            ):
+                term = spread(value_of(call.args[1]), shape_of(call), target) * np.float32(scale)
+                for factor in per_head:
+                    term = term * factor
+                additive.append(term)
                 expr = call.args[0]
             elif operator == "relax.multiply" and (number := scalar_of(call.args[1])) is not None:
                 scale *= number
                 expr = call.args[0]
+            elif operator == "relax.multiply" and self.is_per_head(call):
+                per_head.append(spread(value_of(call.args[1]), shape_of(call), target))
+                expr = call.args[0]
             elif operator == "relax.reshape" and shape_of(call)[-2:] == shape_of(call.args[0])[-2:]:
                 expr = call.args[0]
-            elif operator == "relax.where" and is_constant(call.args[0]) and shape_of(call.args[1]) == shape_of(call):
+            elif (
+                operator == "relax.where"
+                and is_constant(call.args[0])
+                and shape_of(call.args[1]) == shape_of(call)
+            ):
                 fill = scalar_of(call.args[2])
                 if fill is None or fill > float(MASKED):
                     return None
@@ -137,6 +160,16 @@ class CanonicalizeAttention(Rewriter):
                 expr = call.args[2]
             else:
                 return None
+
+    @staticmethod
+    def is_per_head(call: Call) -> bool:
+        """Whether a multiplication is by a constant that is the same for all queries and keys of a head."""
+        factor, x = call.args[1], call.args[0]
+        return (
+            is_constant(factor)
+            and shape_of(x) == shape_of(call)
+            and all(s == 1 for s in shape_of(factor)[-2:])
+        )
 
     def unscaled(self, expr: Expr) -> tuple[Expr, float]:
         """`expr` without multiplications by a number, also those beneath views of it."""
@@ -160,7 +193,7 @@ def spread(value: np.ndarray, shape: list[int], target: list[int]) -> np.ndarray
     """A constant that broadcasts to `shape`, as one that broadcasts to `target`, another grouping of leading axes."""
     value = value.reshape((1,) * (len(shape) - value.ndim) + value.shape)
     if shape == target or all(s == 1 for s in value.shape[:-2]):
-        return value.reshape((1,) * (len(target) - 2) + value.shape[-2:])if shape != target else value
+        return value.reshape((1,) * (len(target) - 2) + value.shape[-2:]) if shape != target else value
     return np.broadcast_to(value, (*shape[:-2], *value.shape[-2:])).reshape(*target[:-2], *value.shape[-2:])
 
 

@@ -26,7 +26,11 @@ class CanonicalizeConvolutions(Rewriter):
         if op_name(call) != "relax.nn.conv2d" or not is_constant(call.args[1]):
             return None
         attrs = call.attrs
-        plain = attrs["groups"] == 1 and str(attrs["data_layout"]) == "NCHW" and str(attrs["kernel_layout"]) == "OIHW"
+        plain = (
+            attrs["groups"] == 1
+            and str(attrs["data_layout"]) == "NCHW"
+            and str(attrs["kernel_layout"]) == "OIHW"
+        )
         if not plain or any(int_list(attrs["padding"])) or int_list(attrs["dilation"]) != [1, 1]:
             return None
         out, channels, *kernel = shape_of(call.args[1])
@@ -51,9 +55,13 @@ class CanonicalizeConvolutions(Rewriter):
             if covered != size:
                 x = self.emit(relax.op.strided_slice(x, [2, 3], [0, 0], covered), f"{layer}:slice")
         (rows, columns), (height, width) = grid, kernel
-        x = self.emit(relax.op.reshape(x, (batch, channels, rows, height, columns, width)), f"{layer}:reshape")
+        x = self.emit(
+            relax.op.reshape(x, (batch, channels, rows, height, columns, width)), f"{layer}:reshape"
+        )
         x = self.emit(relax.op.permute_dims(x, [0, 2, 4, 1, 3, 5]), f"{layer}:permute")
-        return self.emit(relax.op.reshape(x, (batch, rows, columns, channels * height * width)), f"{layer}:reshape")
+        return self.emit(
+            relax.op.reshape(x, (batch, rows, columns, channels * height * width)), f"{layer}:reshape"
+        )
 
 
 def canonicalize_convolutions() -> tvm.transform.Pass:

@@ -27,7 +27,9 @@ class CanonicalizeLayerNorms(Rewriter):
             last = [int(a) % len(shape_of(x)) for a in call.attrs["axes"]] == [len(shape_of(x)) - 1]
             if not last or not is_constant(gamma) or not is_constant(beta):
                 return None
-            return ops.call("vitq.layer_norm", [x, gamma, beta], site=layer_of(name), eps=float(call.attrs["epsilon"]))
+            return ops.call(
+                "vitq.layer_norm", [x, gamma, beta], site=layer_of(name), eps=float(call.attrs["epsilon"])
+            )
         if operator not in ("relax.divide", "relax.multiply"):
             return None
         for centred, spread in (call.args, list(reversed(call.args))):
@@ -67,7 +69,11 @@ class CanonicalizeLayerNorms(Rewriter):
         if self.is_mean_of(expr, x, "relax.variance"):
             return True
         mean = self.call_of(expr, "relax.mean")
-        squared = None if mean is None else self.call_of(mean.args[0], "relax.multiply", "relax.power", "relax.square")
+        squared = (
+            None
+            if mean is None
+            else self.call_of(mean.args[0], "relax.multiply", "relax.power", "relax.square")
+        )
         if mean is None or squared is None or not self.is_mean_of(expr, mean.args[0]):
             return False
         base = squared.args[0]

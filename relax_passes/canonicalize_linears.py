@@ -24,7 +24,11 @@ class CanonicalizeLinears(Rewriter):
         if op_name(call) != "relax.matmul" or not is_constant(call.args[1]) or is_constant(call.args[0]):
             return None
         shape = shape_of(call.args[1])
-        if len(shape) < 2 or any(s != 1 for s in shape[:-2]) or len(shape_of(call)) != len(shape_of(call.args[0])):
+        if (
+            len(shape) < 2
+            or any(s != 1 for s in shape[:-2])
+            or len(shape_of(call)) != len(shape_of(call.args[0]))
+        ):
             return None
         weight = constant(value_of(call.args[1]).reshape(shape[-2:]).T)
         bias = constant(np.zeros(shape[-1], "float32"))

@@ -73,7 +73,9 @@ class CanonicalizeViews(Rewriter):
         """`step` after x, joined with the views that made x where that costs no further copy."""
         if is_constant(x):
             array = value_of(x)
-            return constant(array.reshape(step.values) if step.kind == "reshape" else array.transpose(step.values))
+            return constant(
+                array.reshape(step.values) if step.kind == "reshape" else array.transpose(step.values)
+            )
         chain, source, shared = [step], x, False
         best = (x, self._apply(x, chain))
         while (made := self.call_of(source, *VIEWS)) is not None:
@@ -237,5 +239,3 @@ def shape_of_field(call: Call, index: int) -> list[int]:
 def canonicalize_views():
     """The pass over ``main``."""
     return rewriting_pass(CanonicalizeViews, "CanonicalizeViews", repeat=True)
-
-

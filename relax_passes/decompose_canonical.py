@@ -57,7 +57,12 @@ class DecomposeCanonical(Rewriter):
             return relax.op.nn.layer_norm(*call.args, axes=[-1], epsilon=attributes["eps"])
         if operator == "vitq.activation":
             if attributes["kind"] not in ACTIVATIONS:
-                raise VitqError("unknown activation", where=attributes["site"], got=attributes["kind"], expected=sorted(ACTIVATIONS))
+                raise VitqError(
+                    "unknown activation",
+                    where=attributes["site"],
+                    got=attributes["kind"],
+                    expected=sorted(ACTIVATIONS),
+                )
             return ACTIVATIONS[attributes["kind"]](call.args[0])
         if operator == "vitq.attention":
             return self.attention(call, attributes, name)
@@ -87,6 +92,3 @@ def run_float(mod: tvm.IRModule, images: np.ndarray) -> np.ndarray:
     executable = tvm.compile(decompose_canonical()(mod), target=tvm.target.Target("llvm"))
     machine = relax.VirtualMachine(executable, tvm.cpu())
     return machine["main"](tvm.runtime.tensor(images)).numpy()
-
-
-

@@ -60,7 +60,11 @@ class FoldAffine(Rewriter):
 
     def into_convolution(self, producer: Expr, factor: Expr) -> Call | None:
         """conv(x, w) * c[1, O, 1, 1] = conv(x, w * c), also with a bias in between."""
-        if op_name(producer) == "relax.add" and is_constant(producer.args[1]) and self.readers(producer.args[0]) <= 1:
+        if (
+            op_name(producer) == "relax.add"
+            and is_constant(producer.args[1])
+            and self.readers(producer.args[0]) <= 1
+        ):
             inner = self.into_convolution(self.definition(producer.args[0]), factor)
             bias = None if inner is None else constant(value_of(producer.args[1]) * value_of(factor))
             if inner is None or bias is None or len(shape_of(bias)) != len(shape_of(producer.args[1])):
@@ -100,7 +104,9 @@ class FoldAffine(Rewriter):
         weight, bias = value_of(linear.args[1]), linear.args[2]
         if op_name(inner) == "relax.add":
             shifted = value_of(bias) + (weight.astype("float64") @ vector).astype("float32")
-            return ops.call("vitq.linear", [inner.args[0], linear.args[1], constant(shifted)], **ops.attrs(linear))
+            return ops.call(
+                "vitq.linear", [inner.args[0], linear.args[1], constant(shifted)], **ops.attrs(linear)
+            )
         return ops.call("vitq.linear", [inner.args[0], constant(weight * vector), bias], **ops.attrs(linear))
 
 

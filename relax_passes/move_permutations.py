@@ -39,7 +39,9 @@ class MovePermutations(Rewriter):
 
     def above_linear(self, call: Call, name: str) -> Expr | None:
         """rows(linear(x)) = linear(rows(x)) where the last axis is left alone; for slices also LayerNorm."""
-        movers = ("vitq.linear", "vitq.layer_norm") if op_name(call) == "relax.strided_slice" else ("vitq.linear",)
+        movers = (
+            ("vitq.linear", "vitq.layer_norm") if op_name(call) == "relax.strided_slice" else ("vitq.linear",)
+        )
         producer = self.call_of(call.args[0], *movers)
         if producer is None or self.readers(call.args[0]) > 1 or not keeps_last_axis(call):
             return None
@@ -47,7 +49,9 @@ class MovePermutations(Rewriter):
         arguments = [x, *call.args[1:]]
         if op_name(call) == "relax.reshape":
             arguments[1] = relax.ShapeExpr([*shape_of(call)[:-1], shape_of(x)[-1]])
-        moved = self.emit(Call(call.op, arguments, call.attrs), f"{layer_of(name)}:{op_name(call).split('.')[-1]}")
+        moved = self.emit(
+            Call(call.op, arguments, call.attrs), f"{layer_of(name)}:{op_name(call).split('.')[-1]}"
+        )
         again = Call(producer.op, [moved, *producer.args[1:]], producer.attrs)
         return self.emit(again, call.args[0].name)
 

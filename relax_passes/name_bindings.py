@@ -58,6 +58,3 @@ def name_bindings() -> tvm.transform.Pass:
         return tvm.IRModule({"main": NameBindings().transform(mod["main"])})
 
     return tvm.transform.module_pass(run, opt_level=0, name="NameBindings")
-
-
-

@@ -19,7 +19,7 @@ from tvm_vitq.ops import op_name, shape_of
 
 def constant(value: np.ndarray) -> GenericConst:
     """A Relax constant; float64 becomes float32, as everything canonical is float32."""
-    value = np.ascontiguousarray(value, dtype="float32" if value.dtype == np.float64 else None)
+    value = np.asarray(value, dtype="float32" if value.dtype == np.float64 else None, order="C")
     return relax.const(value, str(value.dtype))
 
 
@@ -100,7 +100,9 @@ class GraphBuilder:
     def function(self, params: list[Var], result: Expr, attrs: object = None) -> relax.Function:
         """The function that returns `result`; bindings that it does not need are dropped."""
         if is_constant(result) or not isinstance(result, Var) or result not in self._definitions:
-            raise VitqError("the model's output does not depend on its input", expected="a graph from input to logits")
+            raise VitqError(
+                "the model's output does not depend on its input", expected="a graph from input to logits"
+            )
         needed = {result}
         kept: list[relax.VarBinding] = []
         for binding in reversed(self.bindings):

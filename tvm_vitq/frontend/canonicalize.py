@@ -11,6 +11,7 @@ from tvm_vitq.ops import op_name
 from tvm_vitq.relax_passes.canonicalize_activations import canonicalize_activations
 from tvm_vitq.relax_passes.canonicalize_arithmetic import canonicalize_arithmetic
 from tvm_vitq.relax_passes.canonicalize_attention import canonicalize_attention
+from tvm_vitq.relax_passes.canonicalize_batch_norms import canonicalize_batch_norms
 from tvm_vitq.relax_passes.canonicalize_convolutions import canonicalize_convolutions
 from tvm_vitq.relax_passes.canonicalize_layer_norms import canonicalize_layer_norms
 from tvm_vitq.relax_passes.canonicalize_linears import canonicalize_linears
@@ -36,8 +37,15 @@ def canonicalization() -> list[tvm.transform.Pass]:
     Operators are recognized first, then attention, which needs the views around it in normal form; the rest moves and
     folds until the pieces that belong together are adjacent, and a second round uses what the first one opened up.
     """
-    settle = [canonicalize_views(), move_permutations(), canonicalize_views(), canonicalize_arithmetic(), fold_affine()]
+    settle = [
+        canonicalize_views(),
+        move_permutations(),
+        canonicalize_views(),
+        canonicalize_arithmetic(),
+        fold_affine(),
+    ]
     return [
+        canonicalize_batch_norms(),
         canonicalize_views(),
         canonicalize_arithmetic(),
         canonicalize_layer_norms(),

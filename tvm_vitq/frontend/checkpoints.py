@@ -26,7 +26,9 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise VitqError("checkpoint file does not exist", where=path)
     if path.suffix not in SUFFIXES:
-        raise VitqError("checkpoint file is of an unknown kind", where=path, got=path.suffix, expected=", ".join(SUFFIXES))
+        raise VitqError(
+            "checkpoint file is of an unknown kind", where=path, got=path.suffix, expected=", ".join(SUFFIXES)
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -44,7 +46,9 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
             break
-    tensors = {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor)} if isinstance(loaded, dict) else {}
+    tensors = (
+        {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor)} if isinstance(loaded, dict) else {}
+    )
     if not tensors:
         raise VitqError("checkpoint file holds no weights", where=path, expected="a state dict of tensors")
     prefix = "module."  # left by DataParallel
@@ -88,6 +92,8 @@ def _shortened(found: list[str], limit: int = 6) -> str:
     return "; ".join(found[:limit]) + (f"; and {rest} more" if rest > 0 else "")
 
 
-def load_into(module: torch.nn.Module, path: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
+def load_into(
+    module: torch.nn.Module, path: str | Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
     """Load a checkpoint file into a module."""
     module.load_state_dict(fit(module, read_checkpoint(path) if state is None else state, path))

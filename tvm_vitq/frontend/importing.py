@@ -76,18 +76,28 @@ def _checked_shape(input_shape: tuple[int, ...] | None, batch: int) -> tuple[int
     shape = (3, *shape) if len(shape) == 2 else shape
     if len(shape) == 4:
         if batch not in (1, shape[0]):
-            raise VitqError("input_shape and batch disagree", got=f"{shape} and {batch}", fix="give the batch size once")
+            raise VitqError(
+                "input_shape and batch disagree", got=f"{shape} and {batch}", fix="give the batch size once"
+            )
         return shape
     return (batch, *shape)
 
 
 def _only_weights_inside(where: object, checkpoint: object, pretrained: bool) -> None:
     if checkpoint is not None or pretrained:
-        raise VitqError("this kind of model holds its weights already", where=where, fix="leave checkpoint and pretrained out")
+        raise VitqError(
+            "this kind of model holds its weights already",
+            where=where,
+            fix="leave checkpoint and pretrained out",
+        )
 
 
 def _module(
-    module: torch.nn.Module, name: str, shape: tuple[int, ...] | None, batch: int, checkpoint: str | Path | None
+    module: torch.nn.Module,
+    name: str,
+    shape: tuple[int, ...] | None,
+    batch: int,
+    checkpoint: str | Path | None,
 ) -> FloatModel:
     import torch
 
@@ -95,7 +105,9 @@ def _module(
     from tvm_vitq.frontend.timm_models import default_image, preprocessing_of
     from tvm_vitq.frontend.torch_program import check_finite, import_program
 
-    if checkpoint is not None or any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
+    if checkpoint is not None or any(
+        p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()
+    ):
         module = copy.deepcopy(module).float()
     if checkpoint is not None:
         load_into(module, checkpoint)
@@ -104,7 +116,9 @@ def _module(
     if shape is None:
         image = default_image(module)
         if image is None:
-            raise VitqError("the module does not say its input size", where=name, fix="pass input_shape=(3, H, W)")
+            raise VitqError(
+                "the module does not say its input size", where=name, fix="pass input_shape=(3, H, W)"
+            )
         shape = (batch, *image)
     program = _export(module, name, shape)
     mod, input_shape = import_program(program)
@@ -150,7 +164,9 @@ def _onnx(path: Path, shape: tuple[int, ...] | None, batch: int) -> FloatModel:
 
 def _same_shape(found: tuple[int, ...], asked: tuple[int, ...] | None, where: str) -> None:
     if asked is not None and asked != found:
-        raise VitqError("the model was exported for another input shape", where=where, got=asked, expected=found)
+        raise VitqError(
+            "the model was exported for another input shape", where=where, got=asked, expected=found
+        )
 
 
 def _canonical(mod: tvm.IRModule) -> tvm.IRModule:
@@ -160,5 +176,9 @@ def _canonical(mod: tvm.IRModule) -> tvm.IRModule:
     main = canonical["main"]
     shape = getattr(main.ret_ty, "shape", None)
     if shape is None or len(shape) != 2:
-        raise VitqError("the model does not return one matrix of logits", got=main.ret_ty, expected="float32 [batch, classes]")
+        raise VitqError(
+            "the model does not return one matrix of logits",
+            got=main.ret_ty,
+            expected="float32 [batch, classes]",
+        )
     return canonical

@@ -27,9 +27,13 @@ def create(
     architecture = name.split(".")[0]
     if not name.startswith(("hf_hub:", "hf-hub:")) and not timm.is_model(architecture):
         close = nearest(architecture, timm.list_models(), 5)
-        raise VitqError("unknown model name", got=name, expected=close or "a name that timm.list_models() has")
+        raise VitqError(
+            "unknown model name", got=name, expected=close or "a name that timm.list_models() has"
+        )
     if pretrained and checkpoint is not None:
-        raise VitqError("both pretrained weights and a checkpoint file are asked for", where=name, fix="give one of them")
+        raise VitqError(
+            "both pretrained weights and a checkpoint file are asked for", where=name, fix="give one of them"
+        )
     options: dict[str, Any] = {}
     state = None
     if checkpoint is not None:
@@ -48,7 +52,9 @@ def _build(name: str, pretrained: bool, options: dict[str, Any]) -> torch.nn.Mod
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:
-        if "img_size" in options and "img_size" in str(error):  # convolutional: takes any size without being told
+        if "img_size" in options and "img_size" in str(
+            error
+        ):  # convolutional: takes any size without being told
             return _build(name, pretrained, {k: v for k, v in options.items() if k != "img_size"})
         raise VitqError("timm could not build the model", where=name, got=error) from error
     except Exception as error:  # unknown tag, no network, a size that does not divide

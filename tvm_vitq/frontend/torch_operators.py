@@ -112,23 +112,6 @@ def roll(importer: ProgramImporter, node: fx.Node) -> Expr:
     return x
 
 
-def batch_norm(importer: ProgramImporter, node: fx.Node) -> Expr:
-    """Inference-mode batch norm as one multiply and one add per channel."""
-    x = importer.env[node.args[0]]
-    weight, bias, mean, variance = (importer.tensor(a) for a in node.args[1:5])
-    training = node.args[5] if "batch_norm.default" in str(node.target) and len(node.args) > 8 else False
-    if training or mean is None or variance is None:
-        raise VitqError(
-            "batch norm without running statistics", where=importer.block_builder.name, fix="call .eval()"
-        )
-    eps = float(node.args[-2] if len(node.args) > 8 else node.args[-1])
-    scale = (variance.double() + eps).rsqrt() * (1.0 if weight is None else weight.double())
-    shift = (0.0 if bias is None else bias.double()) - mean.double() * scale
-    shape = [-1] + [1] * (len(shape_of(x)) - 2)
-    scaled = importer.emit(relax.op.multiply(x, importer.constant(scale.detach().reshape(shape))))
-    return importer.emit(relax.op.add(scaled, importer.constant(shift.detach().reshape(shape))))
-
-
 def select(importer: ProgramImporter, node: fx.Node) -> Expr:
     x, axis, index = importer.env[node.args[0]], int(node.args[1]), int(node.args[2])
     shape = shape_of(x)
@@ -148,6 +131,5 @@ CONVERTERS: dict[str, Callable[[ProgramImporter, fx.Node], Expr]] = {
     "tanh.default": activation("tanh"),
     "hardswish.default": activation("hardswish"),
     "roll.default": roll,
-    "batch_norm.default": batch_norm,
     "select.int": select,
 }

@@ -22,7 +22,7 @@ from tvm_vitq.frontend.torch_operators import CONVERTERS
 from tvm_vitq.relax_passes.rewriter import Expr, GraphBuilder
 
 KEPT_WHOLE = (
-    "linear", "layer_norm", "scaled_dot_product_attention", "matmul", "conv2d", "batch_norm", "gelu", "silu", "hardswish",
+    "linear", "layer_norm", "scaled_dot_product_attention", "matmul", "conv2d", "gelu", "silu", "hardswish",
     "hardsigmoid", "softmax", "roll", "group_norm", "leaky_relu", "adaptive_avg_pool2d", "avg_pool2d", "pad",
     "upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d", "mean", "select",
 )  # fmt: skip
