@@ -142,3 +142,29 @@ def shuffle(value: Expr, indices: list[int]) -> Expr:
 
 def ceildiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def interleave(vectors: list[Expr], lanes: int) -> Expr:
+    """``v0[0] v1[0] .. v0[1] v1[1] ..`` of equally long vectors (int8; `lanes` may be 1)."""
+    count = len(vectors)
+    order = [tvm.tirx.const(i * lanes + j, "int32") for j in range(lanes) for i in range(count)]
+    return tvm.tirx.Shuffle(vectors, order)
+
+
+def first_lanes(value: Expr, valid: int, otherwise: int) -> Expr:
+    """int32 lanes of which only the first `valid` count; the others become a constant."""
+    if valid == LANES:
+        return value
+    inside = TB.ramp(tvm.tirx.const(0, "int32"), 1, LANES) < constant(valid, "int32")
+    return tvm.tirx.Select(inside, value, constant(otherwise, "int32"))
+
+
+def pieces(size: int, widest: int = LANES) -> list[tuple[int, int, int]]:
+    """(start, count, lanes): `size` elements as vectors of `widest` lanes and then of halves of it."""
+    result, start, lanes = [], 0, widest
+    while start < size:
+        if count := (size - start) // lanes:
+            result.append((start, count, lanes))
+            start += count * lanes
+        lanes //= 2
+    return result

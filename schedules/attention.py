@@ -1,0 +1,167 @@
+"""Attention on codes as one kernel: q·kT, base-2 scores, softmax or sigmoid, 8-bit probabilities, ·v, output conversion.
+
+One task is a head (of one image or window), or some of its rows. K and V of the head are packed once for the register
+tile; then a few query rows at a time pass through all steps, so that scores and probabilities never leave the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_vitq.numerics import SIGMOID_BITS, Output, Probabilities
+from tvm_vitq.schedules import packing, tir
+from tvm_vitq.schedules.attention_body import AttentionBody
+from tvm_vitq.schedules.isa import Isa, Tile, isa
+from tvm_vitq.schedules.kernel import Argument, Kernel, Split, kernel_name
+from tvm_vitq.schedules.packing import GROUP
+
+Array = npt.NDArray
+
+TASKS = 6
+"""Heads are cut into chunks of rows when there are fewer tasks than this."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Where q, k or v lie: element (b, h, t, i) is ``sources[source][b * rows + row + t, column + h * head_stride + i]``."""
+
+    source: int
+    column: int
+    head_stride: int
+    rows: int
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Probs:
+    """numerics.Probabilities without the table, which is an argument of the kernel."""
+
+    kind: str
+    qmax: int
+    numerator: int = 0
+    shift: int = 0
+    guard: int = 0
+
+    @staticmethod
+    def of(probs: Probabilities) -> Probs:
+        """The constants of a quantizer of probabilities."""
+        return Probs(probs.kind, probs.qmax, probs.numerator, probs.shift, probs.guard)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """numerics.int_attention on q, k, v that are views of row-major matrices.
+
+    isa : name of the instruction set.
+    batch, heads, tq, tk, d, dv : q is [batch, heads, tq, d], k [.., tk, d], v [.., tk, dv].
+    sources : shapes of the int8 matrices that q, k and v point into.
+    additive : leading three sizes of each additive term ``[nb, nh, tq or 1, tk]``; nb divides batch and image b takes
+        term ``b % nb`` (windows of one image follow each other); nh is 1 or heads.
+    tile : register tile; None takes the instruction set's default.
+
+    Arguments of the kernel: the sources, score_multiplier, multiplier, zeros, [table], the additive terms, out.
+    `pack` returns those from score_multiplier to the additive terms. out : [batch * tq, heads * dv].
+    """
+
+    isa: str
+    batch: int
+    heads: int
+    tq: int
+    tk: int
+    d: int
+    dv: int
+    sources: tuple[tuple[int, int], ...]
+    q: View
+    k: View
+    v: View
+    probs: Probs
+    out: Output
+    additive: tuple[tuple[int, int, int], ...] = ()
+    tile: Tile | None = None
+
+    @property
+    def target(self) -> Isa:
+        return isa(self.isa)
+
+    @property
+    def tiles(self) -> Tile:
+        """The tile sizes in force."""
+        return self.tile or self.target.tile
+
+    @property
+    def score_columns(self) -> int:
+        """Columns of the score tile."""
+        return packing.padded(self.tk, GROUP)
+
+    @property
+    def chunks(self) -> int:
+        """Tasks per head."""
+        rows = Split.of(self.tq, self.tiles.rows).count
+        return min(rows, max(1, -(-TASKS // (self.batch * self.heads))))
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel; equal names are equal functions."""
+        p = self.probs
+        kind = f"{p.kind}{p.qmax}" + (f"n{p.numerator}s{p.shift}g{p.guard}" if p.kind == "softmax" else "")
+        views = [f"{v.source}c{v.column}h{v.head_stride}r{v.rows}o{v.row}" for v in (self.q, self.k, self.v)]
+        sources = [f"{rows}x{columns}" for rows, columns in self.sources]
+        additive = ["a" + "x".join(str(n) for n in shape) for shape in self.additive]
+        clip = f"{self.out.qmin}to{self.out.qmax}".replace("-", "m")
+        tile = "" if self.tile is None else f"t{self.tile.rows}x{self.tile.columns}"
+        epilogue = [kind] + (["shift"] if self.out.kind == "shift" else [])
+        shape = (self.batch, self.heads, self.tq, self.tk, self.d, self.dv)
+        extra = [*sources, *views, *additive, clip, tile]
+        return kernel_name("attention", self.out.dtype, ["int8", "int8", "int8"], epilogue, shape, *extra)
+
+    def arguments(self) -> tuple[Argument, ...]:
+        """All arguments in order."""
+        result = [Argument(f"source{i}", shape, "int8", "input") for i, shape in enumerate(self.sources)]
+        result.append(Argument("score_multiplier", (self.heads,), "float32", "constant"))
+        result.append(Argument("multiplier", (self.heads,), packing.multiplier_dtype(self.out), "constant"))
+        result.append(Argument("zeros", (4, self.heads), "int32", "constant"))
+        if self.probs.kind == "sigmoid":
+            result.append(Argument("table", (2**SIGMOID_BITS,), "uint8", "constant"))
+        for i, shape in enumerate(self.additive):
+            result.append(Argument(f"additive{i}", (*shape, self.score_columns), "int32", "constant"))
+        shape = (self.batch * self.tq, self.heads * self.dv)
+        return (*result, Argument("out", shape, self.out.dtype, "output"))
+
+    def pack(
+        self,
+        score_multiplier: Array,
+        multiplier: Array,
+        zero_q: Array,
+        zero_k: Array,
+        zero_v: Array,
+        zero_point: Array | int = 0,
+        additive: tuple[Array, ...] = (),
+        table: Array | None = None,
+    ) -> list[Array]:
+        """The constants of numerics.int_attention as this kernel's arguments; scalars are repeated for all heads."""
+        zeros = np.empty((4, self.heads), np.int32)
+        for row, value in zip(zeros, (zero_q, zero_k, zero_v, zero_point), strict=True):
+            row[:] = value
+        per_head = packing.pack_multiplier(multiplier, self.heads, self.out)[: self.heads]
+        arrays = [np.full(self.heads, score_multiplier, np.float32), per_head, zeros]
+        if table is not None:
+            arrays.append(np.asarray(table, np.uint8))
+        for term, shape in zip(additive, self.additive, strict=True):
+            padded = np.zeros((*shape, self.score_columns), np.int32)
+            padded[..., : self.tk] = term
+            arrays.append(padded)
+        return arrays
+
+    def kernel(self) -> Kernel:
+        """Generates the function."""
+        arguments = self.arguments()
+
+        def emit() -> None:
+            buffers = {a.name: tir.argument(a.name, a.shape, a.dtype) for a in arguments}
+            AttentionBody(self, buffers).emit()
+
+        macs = self.batch * self.heads * self.tq * self.tk * (self.d + self.dv)
+        return Kernel(self.name, tir.prim_func(self.name, emit), arguments, macs)

@@ -1,0 +1,229 @@
+"""The statements of the attention kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from tvm_vitq.schedules import packing, probabilities, tir
+from tvm_vitq.schedules.kernel import Split
+from tvm_vitq.schedules.packing import GROUP
+from tvm_vitq.schedules.requantize import requantize, zero_lanes
+from tvm_vitq.schedules.tir import LANES, TB, Expr, pieces
+
+if TYPE_CHECKING:
+    from tvm_vitq.schedules.attention import Attention, View
+
+
+class Panels:
+    """A right operand packed in the kernel: `columns` columns (padded), cut into panels for the register tile."""
+
+    def __init__(self, buffer: Expr, columns: int, depth: int, tile_columns: int) -> None:
+        self.buffer, self.columns, self.depth = buffer, columns, depth
+        self.split = Split.of(columns // GROUP, tile_columns // GROUP)
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """(first column, number of panels, columns of each) of the wide and then of the narrow panels."""
+        wide = self.split.number_large
+        yield 0, wide, self.split.large * GROUP
+        if wide < self.split.count:
+            yield wide * self.split.large * GROUP, self.split.count - wide, self.split.small * GROUP
+
+    def of_column(self, column: int) -> tuple[int, int, int]:
+        """(offset of the panel, column within it, its width) of a column."""
+        for first, count, width in self.runs():
+            if column < first + count * width:
+                panel = (column - first) // width
+                return (first + panel * width) * self.depth, column - first - panel * width, width
+        raise IndexError(column)
+
+
+class AttentionBody:
+    """Emits the kernel of a specification over its argument buffers."""
+
+    def __init__(self, spec: Attention, buffers: dict[str, Expr]) -> None:
+        self.spec, self.b, self.isa = spec, buffers, spec.target
+        self.rows = Split.of(spec.tq, spec.tiles.rows)
+        self.chunk = Split.of(self.rows.count, tir.ceildiv(self.rows.count, spec.chunks))
+        self.qk_depth = packing.padded(spec.d, self.isa.unit)
+        self.pv_depth = packing.padded(spec.tk, self.isa.unit)
+        self.out_columns = packing.padded(spec.dv, GROUP)
+
+    def emit(self) -> None:
+        spec = self.spec
+        with TB.parallel(0, spec.batch * spec.heads * self.chunk.count) as task:
+            head = tir.let(task // self.chunk.count)
+            self.chunk_index = tir.let(task % self.chunk.count)
+            self.image, self.head = tir.let(head // spec.heads), tir.let(head % spec.heads)
+            self.score_multiplier = tir.let(tir.load(self.b["score_multiplier"], self.head, 1))
+            self.zero = [tir.let(tir.load(self.b["zeros"], [i, self.head], 1)) for i in range(4)]
+            self.keys = self._pack_keys()
+            self.values = self._pack_values()
+            self.key_correction = self._key_correction()
+            self.value_correction = self._value_correction()
+            self._allocate()
+            with TB.serial(0, self.chunk.large) as i:
+                tile = tir.let(self.chunk_index * self.chunk.large + i)
+                with tir.when(tile < self.rows.count):
+                    # The last tile overlaps the one before it, so that there is one tile size; rows are written twice
+                    # with the same bytes.
+                    self._tile(tir.let(tir.minimum(tile * self.rows.large, spec.tq - self.rows.large)))
+
+    def _at(self, view: View, token: Expr, channel: Expr, lanes: int) -> Expr:
+        """`lanes` channels of a token of q, k or v."""
+        row = self.image * view.rows + view.row + token
+        column = self.head * view.head_stride + view.column + channel
+        return tir.load(self.b[f"source{view.source}"], [row, column], lanes)
+
+    def _pack_keys(self) -> Panels:
+        """[depth / step][columns][step] of k: words of `step` channels change place. Padding tokens stay undefined."""
+        spec, step = self.spec, self.isa.step
+        panels = Panels(
+            tir.scratch(spec.score_columns * self.qk_depth, "int8"),
+            spec.score_columns, self.qk_depth, spec.tiles.columns,
+        )  # fmt: skip
+        whole, rest = divmod(spec.d, step)
+
+        def word(destination: Expr, token: Expr, width: int) -> None:
+            with TB.serial(0, whole) as k:
+                tir.store(panels.buffer, self._at(spec.k, token, k * step, step), destination + k * width * step, step)
+            for k in range(whole, self.qk_depth // step):
+                for i in range(step):
+                    inside = k * step + i < spec.d
+                    value = self._at(spec.k, token, k * step + i, 1) if inside else tir.constant(0, "int8", 1)
+                    tir.store(panels.buffer, value, destination + k * width * step + i, 1)
+
+        for first, count, width in panels.runs():
+            tokens = min(count * width, spec.tk - first)
+            with TB.serial(0, tokens) as t:
+                panel = tir.let(t // width)
+                column = t - panel * width
+                word(tir.let((first + panel * width) * self.qk_depth + column * step), first + t, width)
+        return panels
+
+    def _pack_values(self) -> Panels:
+        """[depth / step][columns][step] of v: `step` tokens are interleaved. Padding channels stay undefined."""
+        spec, step = self.spec, self.isa.step
+        panels = Panels(
+            tir.scratch(self.out_columns * self.pv_depth, "int8"), self.out_columns, self.pv_depth, spec.tiles.columns
+        )
+
+        def interleave(k: Expr, present: int) -> None:
+            for start, count, lanes in pieces(spec.dv):
+                for channel in range(start, start + count * lanes, lanes):
+                    tokens = [self._at(spec.v, k * step + i, channel, lanes) for i in range(present)]
+                    tokens += [tir.constant(0, "int8", lanes)] * (step - present)
+                    base, column, width = panels.of_column(channel)
+                    offset = base + k * (width * step) + column * step
+                    tir.store(panels.buffer, tir.interleave(tokens, lanes), offset, lanes * step)
+
+        whole, rest = divmod(spec.tk, step)
+        with TB.serial(0, whole) as k:
+            interleave(k, step)
+        for k in range(whole, self.pv_depth // step):
+            interleave(k, rest if k == whole else 0)
+        return panels
+
+    def _column_sums(self, panels: Panels, source: str) -> Expr:
+        """int32 sums over depth of every packed column: a row of ones times the operand."""
+        sums = tir.scratch(panels.columns, "int32")
+        ones = self.isa.left_dtype(source)
+        for first, count, width in panels.runs():
+            with TB.serial(0, count) as panel:
+                column = tir.let(first + panel * width)
+                self.isa.matmul(
+                    1, width, panels.depth,
+                    lambda r, k, n: tir.constant(1, ones, n),
+                    lambda offset, n, column=column: tir.load(panels.buffer, column * panels.depth + offset, n),
+                    lambda r, c, value, n, column=column: tir.store(sums, value, column + c, n),
+                    source, True,
+                )  # fmt: skip
+        return sums
+
+    def _key_correction(self) -> Expr:
+        """``-(zero_q + offset) * sum_i k[t, i]``, which every score of key t needs."""
+        sums = self._column_sums(self.keys, "int8")
+        factor = tir.let(tir.splat(tir.constant(-self.isa.offset("int8"), "int32", 1) - self.zero[0]))
+        with TB.serial(0, self.spec.score_columns // LANES) as i:
+            tir.store(sums, tir.load(sums, i * LANES) * factor, i * LANES)
+        return sums
+
+    def _value_correction(self) -> Expr | None:
+        """``-offset * sum_t v[t, c]``, where the instruction shifts the probabilities."""
+        offset = self.isa.offset("uint8")
+        if offset == 0:
+            return None
+        sums = self._column_sums(self.values, "uint8")
+        for c in range(0, self.out_columns, LANES):
+            tir.store(sums, tir.load(sums, c) * tir.constant(-offset, "int32"), c)
+        return sums
+
+    def _allocate(self) -> None:
+        rows, columns = self.rows.large, self.spec.score_columns
+        self.query = tir.scratch(rows * self.qk_depth, self.isa.left_dtype("int8"))
+        self.scores = tir.scratch(rows * columns, "int32")
+        self.probs = tir.scratch(rows * columns, self.isa.left_dtype("uint8"))
+        self.sums = tir.scratch(rows * self.out_columns, "int32")
+        self.row_term = tir.scratch(rows, "int32")
+
+    def _tile(self, row: Expr) -> None:
+        rows, columns = self.rows.large, self.spec.score_columns
+        self._stage_query(row)
+        self._product(self.query, self.qk_depth, self.qk_depth, self.keys, self.scores, columns, "int8")
+        probabilities.emit(self, row)
+        self._product(self.probs, columns, self.pv_depth, self.values, self.sums, self.out_columns, "uint8")
+        self._output(row, rows)
+
+    def _product(
+        self, left: Expr, stride: int, depth: int, panels: Panels, sums: Expr, columns: int, source: str
+    ) -> None:
+        """sums[rows, columns] = left @ panels"""
+        for first, count, width in panels.runs():
+            with TB.serial(0, count) as panel:
+                column = tir.let(first + panel * width)
+                self.isa.matmul(
+                    self.rows.large, width, depth,
+                    lambda r, k, n: tir.load(left, r * stride + k, n),
+                    lambda offset, n, column=column: tir.load(panels.buffer, column * depth + offset, n),
+                    lambda r, c, value, n, column=column: tir.store(sums, value, r * columns + column + c, n),
+                    source, True,
+                )  # fmt: skip
+
+    def _stage_query(self, row: Expr) -> None:
+        """The query rows as left operand, and ``zero_k * (d * zero_q - sum_i q[t, i])`` of each."""
+        spec, depth = self.spec, self.qk_depth
+        total = tir.scratch(LANES, "int32")
+        with TB.serial(0, self.rows.large) as r:
+            tir.store(total, tir.constant(0, "int32"), 0)
+            for start, count, lanes in pieces(spec.d):
+                with TB.serial(0, count) as i:
+                    at = start + i * lanes
+                    value = tir.let(self._at(spec.q, row + r, at, lanes))
+                    tir.store(self.query, self.isa.convert_left(value, "int8", lanes), r * depth + at, lanes)
+                    old = tir.load(total, 0, lanes)
+                    tir.store(total, old + tir.cast(value, "int32", lanes), 0, lanes)
+            for i in range(spec.d, depth):
+                zero = self.isa.convert_left(tir.constant(0, "int8", 1), "int8", 1)
+                tir.store(self.query, zero, r * depth + i, 1)
+            q_sum = tir.intrinsic("llvm.vector.reduce.add", "int32", tir.load(total, 0))
+            tir.store(self.row_term, self.zero[1] * (self.zero[0] * spec.d - q_sum), r, 1)
+
+    def _output(self, row: Expr, rows: int) -> None:
+        """Requantizes the tile and stores it at its place in [batch * tq, heads * dv]."""
+        spec, out = self.spec, self.spec.out
+        multiplier = tir.let(tir.load(self.b["multiplier"], self.head, 1))
+        for start, count, lanes in pieces(spec.dv):
+            zero = zero_lanes(tir.let(tir.splat(self.zero[3], lanes) if lanes > 1 else self.zero[3]), out, lanes)
+            scale = tir.let(tir.splat(multiplier, lanes)) if lanes > 1 else multiplier
+            with TB.serial(0, rows) as r:
+                term = tir.load(self.row_term, r, 1)
+                term = tir.let(tir.splat(term, lanes) if lanes > 1 else term)
+                for c in range(start, start + count * lanes, lanes):
+                    value = tir.load(self.sums, r * self.out_columns + c, lanes) + term
+                    if self.value_correction is not None:
+                        value = value + tir.load(self.value_correction, c, lanes)
+                    value = requantize(tir.let(value), scale, zero, out, lanes)
+                    if out.dtype not in ("int32", "float32"):
+                        value = tir.cast(value, out.dtype, lanes)
+                    at = [self.image * spec.tq + row + r, self.head * spec.dv + c]
+                    tir.store(self.b["out"], value, at, lanes)

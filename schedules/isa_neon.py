@@ -1,0 +1,91 @@
+"""Baseline ARMv8 NEON: smull and smlal2 into int16, sadalp from there into int32."""
+
+from __future__ import annotations
+
+from tvm_vitq.schedules import tir
+from tvm_vitq.schedules.isa import Isa, Left, Right, Sink, Tile
+from tvm_vitq.schedules.tir import TB, Expr
+
+
+class SignedLeft(Isa):
+    """AArch64 without products of mixed signs: uint8 left operands are read as ``value - 128``."""
+
+    def left_dtype(self, source: str) -> str:
+        return "int8"
+
+    def offset(self, source: str) -> int:
+        return -128 if source == "uint8" else 0
+
+    def convert_left(self, value: Expr, source: str, lanes: int) -> Expr:
+        if source == "int8":
+            return value
+        flipped = value ^ tir.constant(128, "uint8", lanes)
+        return tir.reinterpret(flipped, "int8" if lanes == 1 else f"int8x{lanes}")
+
+    @staticmethod
+    def accumulator() -> Expr:
+        """One register of int32 sums, cleared."""
+        register = tir.scratch(4, "int32")
+        tir.store(register, tir.constant(0, "int32", 4), 0, 4)
+        return register
+
+
+class Neon(SignedLeft):
+    """Lanes of a register are depths: both operands are plain loads, and each sum is added up across at the end.
+
+    A pair of products fits int16, ``2 * 128 * 127 < 2**15``, unless both pairs are (-128, -128), so that 16 products
+    take three instructions (four where right operands may be -128). Widening to int16 first and smlal would take four
+    and, on cores with one multiplier, twice the time.
+    """
+
+    name = "neon"
+    lanes = 4
+    step = 16
+    unit = 16
+    instruction = "smlal2"
+    tile = Tile(rows=4, columns=16)
+    block = 4
+    """Columns that are computed together: 4 x 4 sums, 8 operands and 8 products in flight fill the registers."""
+
+    def matmul(
+        self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str, full_range: bool
+    ) -> None:
+        for first in range(0, columns, self.block):
+            acc = [[self.accumulator() for _ in range(self.block)] for _ in range(rows)]
+            with TB.serial(0, depth // self.unit) as block:
+                x = [tir.let(left(r, block * self.unit, 16)) for r in range(rows)]
+                for c in range(self.block):
+                    w = tir.let(right(block * (self.unit * columns) + (first + c) * self.step, 16))
+                    for r in range(rows):
+                        old = tir.load(acc[r][c], 0, 4)
+                        tir.store(acc[r][c], self._dot(old, x[r], w, full_range), 0, 4)
+            for r in range(rows):
+                sums = [tir.load(acc[r][c], 0, 4) for c in range(self.block)]
+                while len(sums) > 1:
+                    sums = [_pairwise(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
+                sink(r, first, sums[0], 4)
+
+    def _dot(self, acc: Expr, x: Expr, w: Expr, full_range: bool) -> Expr:
+        low, high = (_products(x, w, half) for half in (0, 1))
+        if full_range:
+            return _add_pairs(_add_pairs(acc, low), high)
+        return _add_pairs(acc, low + high)
+
+
+def _products(x: Expr, w: Expr, half: int) -> Expr:
+    """smull or smull2: int16x8."""
+    lanes = list(range(8 * half, 8 * half + 8))
+    return tir.intrinsic("llvm.aarch64.neon.smull.v8i16", "int16x8", tir.shuffle(x, lanes), tir.shuffle(w, lanes))
+
+
+def _add_pairs(acc: Expr, products: Expr) -> Expr:
+    """sadalp."""
+    return acc + tir.intrinsic("llvm.aarch64.neon.saddlp.v4i32.v8i16", "int32x4", products)
+
+
+def _pairwise(a: Expr, b: Expr) -> Expr:
+    """addp: sums of neighbours, those of a first."""
+    return tir.intrinsic("llvm.aarch64.neon.addp.v4i32", "int32x4", a, b)
+
+
+ISA = Neon()
