@@ -12,7 +12,7 @@ from tvm_vitq.errors import VitqError
 
 if TYPE_CHECKING:
     from tvm_vitq.api import build, compile, load, quantize
-    from tvm_vitq.evaluate import evaluate
+    from tvm_vitq.evaluation import evaluate
     from tvm_vitq.runtime import load_library
 
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ _HOME = {
     "build": "tvm_vitq.api",
     "load": "tvm_vitq.api",
     "load_library": "tvm_vitq.runtime",
-    "evaluate": "tvm_vitq.evaluate",
+    "evaluate": "tvm_vitq.evaluation",
 }
 
 __all__ = ["VitqError", "__version__", "build", "compile", "evaluate", "load", "load_library", "quantize"]
