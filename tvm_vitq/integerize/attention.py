@@ -83,7 +83,7 @@ def attention_constants(
 def additive_scores(value: Array) -> Array:
     """Additive attention term in base-2 fixed point; -inf becomes the most negative score."""
     return np.clip(
-        np.rint(np.nan_to_num(value.astype(np.float64), neginf=-1e9) * math.log2(math.e) * 2**SCORE_BITS),
+        np.rint(np.nan_to_num(value.astype(np.float64), posinf=1e9, neginf=-1e9) * math.log2(math.e) * 2**SCORE_BITS),
         -ADDITIVE_MAX,
         ADDITIVE_MAX,
     ).astype(np.int32)
