@@ -8,7 +8,6 @@ from tvm_vitq.calibrate.job import Job
 from tvm_vitq.calibrate.observe import View, view_of
 from tvm_vitq.calibrate.searches import RangeRule, quantizer_numbers
 from tvm_vitq.calibrate.statistics import Summary, rows_of
-from tvm_vitq.errors import VitqError
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.relax_passes.sites import Site
 from tvm_vitq.site_rules import SiteSpec
@@ -73,8 +72,6 @@ def fit_weights(job: Job, rule: RangeRule) -> None:
     for site, spec in job.progress(list(job.fitted_sites("weight")), "weights"):
         empty = empty_quantizer(job, site, spec)
         weight = job.weight(site.layer)
-        if not bool(torch.isfinite(weight).all()):
-            raise VitqError("weights hold NaN or infinity", where=site.name, fix="check the checkpoint")
         rows = rows_of(weight, empty.granularity, empty.axis, empty.group_size)
         job.quantizers[site.name] = _filled(empty, Summary.of(rows), rule)
 

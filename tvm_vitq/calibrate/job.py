@@ -21,6 +21,9 @@ from tvm_vitq.site_rules import SiteSpec
 CHUNK = 8
 """Images computed at once: enough to keep BLAS busy, few enough that no tensor of ViT-B exceeds 20 MB."""
 
+PARAMETERS = ("weight", "bias", "gamma", "beta")
+"""Constants that are trained; others, such as attention masks, may hold infinity."""
+
 
 @dataclass
 class Job:
@@ -36,6 +39,8 @@ class Job:
     ----------
     quantizers : what the recipe fitted, by site; the recipe must fill all but the aliases.
     ranges : largest magnitude of every variable of the float graph.
+    channel_ranges : smallest and largest value per channel, [C] each, of the variables that `observe` was
+        asked for.
     notes : what was declined or changed, with the reason, by site or layer.
     """
 
@@ -47,12 +52,16 @@ class Job:
     show_progress: bool = True
     quantizers: dict[str, SiteQuantizer] = field(default_factory=dict)
     ranges: dict[str, float] = field(default_factory=dict)
+    channel_ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.executor = Executor(self.mod)
         self.sites: dict[str, Site] = {site.name: site for site in list_sites(self.mod)}
         self.generator = torch.Generator().manual_seed(self.seed)
+        for name, value in self.executor.constants.items():
+            if name.rpartition(".")[2] in PARAMETERS and not bool(torch.isfinite(value).all()):
+                raise VitqError("weights hold NaN or infinity", where=name, fix="check the checkpoint")
 
     @property
     def batches(self) -> int:

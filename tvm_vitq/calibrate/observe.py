@@ -5,6 +5,7 @@ ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -34,30 +35,37 @@ def view_of(quantizer: SiteQuantizer) -> View:
     return View(quantizer.granularity, quantizer.axis, quantizer.group_size)
 
 
-def observe(job: Job, views: dict[str, View], tail: float = 0.0) -> dict[str, Summary]:
-    """Run all images through the float model; fills ``job.ranges``.
+def observe(
+    job: Job, views: dict[str, View], tail: float = 0.0, channels: Collection[str] = ()
+) -> dict[str, Summary]:
+    """Run all images through the float model; fills ``job.ranges`` and, for `channels`,
+    ``job.channel_ranges``.
 
     Parameters
     ----------
     views : sites to summarize; attention probabilities (".probs") are among the possible ones.
     tail : share of the values to keep exactly at each end (0: only the extremes).
+    channels : variables whose smallest and largest value is wanted per channel (last axis).
 
     Raises
     ------
     VitqError : naming the tensor, if the model computes NaN or infinity.
     """
-    observer = _Observer(job, views, tail)
+    observer = _Observer(job, views, tail, frozenset(channels))
     job.run(observer, "calibrate")
     for name, (low, high) in observer.extremes.items():
         job.ranges[name] = max(abs(low), abs(high))
+    job.channel_ranges |= observer.channel_extremes
     return {name: collector.summary() for name, collector in observer.collectors.items()}
 
 
 class _Observer(Hooks):
-    def __init__(self, job: Job, views: dict[str, View], tail: float) -> None:
+    def __init__(self, job: Job, views: dict[str, View], tail: float, channels: frozenset[str]) -> None:
         self.job = job
         self.views = views
         self.tail = tail
+        self.channels = channels
+        self.channel_extremes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.extremes: dict[str, tuple[float, float]] = {}
         self.collectors: dict[str, Collector] = {}
 
@@ -72,6 +80,11 @@ class _Observer(Hooks):
                 )
             before = self.extremes.get(name, (low, high))
             self.extremes[name] = min(low, before[0]), max(high, before[1])
+        if name in self.channels:
+            rows = x.flatten(0, -2)
+            lows, highs = rows.amin(0), rows.amax(0)
+            known = self.channel_extremes.get(name, (lows, highs))
+            self.channel_extremes[name] = torch.minimum(lows, known[0]), torch.maximum(highs, known[1])
         return x
 
     def quantize(self, site: str, x: torch.Tensor) -> torch.Tensor:

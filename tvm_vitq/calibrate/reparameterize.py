@@ -21,6 +21,7 @@ import torch
 from tvm import relax
 
 from tvm_vitq.calibrate.job import Job
+from tvm_vitq.calibrate.observe import View, observe
 from tvm_vitq.calibrate.searches import RangeRule, quantizer_numbers
 from tvm_vitq.calibrate.statistics import Summary
 from tvm_vitq.ops import attrs, op_name, shape_of
@@ -32,9 +33,9 @@ SMALLEST_RATIO = 2.0**-10
 moderate, and such a channel has no influence that finer steps could keep."""
 
 FINEST_STEP = 2.0**-9
-"""Smallest step of a channel in units of |gamma|, the channel's standard deviation over all normalized inputs. A
-channel that hardly changes over the calibration images (a class token, say) would otherwise get a step so fine that
-the integer LayerNorm has no headroom for it."""
+"""Smallest step of a channel in units of |gamma|, the channel's standard deviation over all normalized
+inputs. A channel that hardly changes over the calibration images (a class token, say) would otherwise get a
+step so fine that the integer LayerNorm has no headroom for it."""
 
 
 @dataclass
@@ -123,12 +124,22 @@ def _keeps_channels(call: relax.Expr) -> bool:
     return op == "vitq.mean" and attrs(call)["axis"] % rank != rank - 1
 
 
+def observe_with_folds(
+    job: Job, folds: list[Fold], views: dict[str, View], tail: float
+) -> dict[str, Summary]:
+    """`observe` with what `fold_layer_norms` needs: folded sites per channel, ranges per channel of what
+    will change.
+    """
+    wanted = views | {site: View("channel", -1) for fold in folds for site in fold.sites}
+    return observe(job, wanted, tail, {variable for fold in folds for variable in fold.variables})
+
+
 def fold_layer_norms(job: Job, folds: list[Fold], summaries: dict[str, Summary], rule: RangeRule) -> None:
     """Apply folds: changes the module's constants, fits the folded sites, updates ranges.
 
     Parameters
     ----------
-    summaries : per channel, of every site of every fold.
+    summaries : of `observe_with_folds`.
     rule : the range of each channel.
     """
     changed: dict[str, np.ndarray] = {}
@@ -169,10 +180,9 @@ def _apply(
     for site in fold.sites:
         job.quantizers[site] = SiteQuantizer(bits, [common], [common_zero])
 
-    lowest = torch.stack([s.minimum for s in summaries]).amin(0).double().numpy() / ratio - shift
-    highest = torch.stack([s.maximum for s in summaries]).amax(0).double().numpy() / ratio - shift
     for variable in fold.variables:
-        job.ranges[variable] = float(max(np.abs(lowest).max(), np.abs(highest).max()))
+        ends = [end.double().numpy() / ratio - shift for end in job.channel_ranges[variable]]
+        job.ranges[variable] = float(np.abs(ends).max())
 
 
 def _of(fold: Fold, constant: str) -> bool:

@@ -39,29 +39,32 @@ def percentile(candidates: Sequence[float] = PERCENTILES) -> RangeRule:
     return rule
 
 
-def mse(steps: int = 24, rounds: int = 2, smallest: float = 0.2) -> RangeRule:
+def mse(steps: int = 28, smallest: float = 0.04) -> RangeRule:
     """Squared-error search over shrunken ranges.
 
-    First both ends shrink together by `steps` factors down to `smallest`; then, `rounds` times, each end is
-    refined alone on a grid around its place that gets finer each time. Symmetric ranges have only one end.
+    Both ends shrink together by `steps` factors in a geometric row from 1 to `smallest`; then each end alone
+    by the same factors; then each end once more on a finer grid around its place. A symmetric range has only
+    one end.
     """
 
+    ratio = smallest ** (1.0 / (steps - 1))
+    coarse = [ratio**i for i in range(steps)]
+    fine = [ratio ** (i / 4) for i in range(-3, 4)]
+
     def rule(summary: Summary, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
-        low, high = minmax(summary, bits, signed)
-        factors = torch.linspace(1.0, smallest, steps).tolist()
-        best = _best(summary, [(low * f, high * f) for f in factors], bits, signed)
-        width = (1.0 - smallest) / (steps - 1)
-        for _ in range(rounds):
-            nearby = [1.0 + width * offset for offset in (-0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75)]
-            if signed:
-                best = _best(summary, [(best[0] * f, best[1] * f) for f in nearby], bits, signed)
-            else:
-                # the ends may differ by more than the spacing of the joint grid
-                wide = [1.0 + 4 * (f - 1.0) for f in nearby]
-                best = _best(summary, [(best[0], best[1] * f) for f in wide], bits, signed)
-                best = _best(summary, [(best[0] * f, best[1]) for f in wide], bits, signed)
-            width /= 4
-        return torch.maximum(best[0], low), torch.minimum(best[1], high)
+        def best_of(lows: list[Tensor], highs: list[Tensor]) -> tuple[Tensor, Tensor]:
+            return _best(summary, list(zip(lows, highs, strict=True)), bits, signed)
+
+        lowest, highest = minmax(summary, bits, signed)
+        low, high = best_of([lowest * f for f in coarse], [highest * f for f in coarse])
+        if signed:
+            low, high = best_of([low * f for f in fine], [high * f for f in fine])
+        else:
+            low, high = best_of([low] * steps, [highest * f for f in coarse])
+            low, high = best_of([lowest * f for f in coarse], [high] * steps)
+            low, high = best_of([low] * len(fine), [high * f for f in fine])
+            low, high = best_of([low * f for f in fine], [high] * len(fine))
+        return torch.maximum(low, lowest), torch.minimum(high, highest)
 
     return rule
 

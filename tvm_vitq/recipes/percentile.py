@@ -34,15 +34,12 @@ class Percentile(Recipe):
 
     def fit(self, job: Job) -> None:
         from tvm_vitq.calibrate import fit, searches
-        from tvm_vitq.calibrate.observe import View, observe
-        from tvm_vitq.calibrate.reparameterize import find_folds, fold_layer_norms
+        from tvm_vitq.calibrate.reparameterize import find_folds, fold_layer_norms, observe_with_folds
 
         rule = searches.percentile(self.percentiles)
         folds = find_folds(job) if self.fold else []
         views = fit.activation_views(job) | fit.probability_views(job)
-        for fold in folds:
-            views |= {site: View("channel", -1) for site in fold.sites}
-        summaries = observe(job, views, 1.0 - min(self.percentiles))
+        summaries = observe_with_folds(job, folds, views, 1.0 - min(self.percentiles))
         fold_layer_norms(job, folds, summaries, rule)
         fit.fit_activations(job, summaries, rule)
         fit.fit_probabilities(job, summaries, rule)
