@@ -6,6 +6,7 @@ decided here, TVM and LLVM only translate them. Vectors of 16 lanes are legalize
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -168,3 +169,8 @@ def pieces(size: int, widest: int = LANES) -> list[tuple[int, int, int]]:
             start += count * lanes
         lanes //= 2
     return result
+
+
+def flat(buffer: Expr, shape: tuple[int, ...], dtype: str) -> Expr:
+    """The same memory as one axis."""
+    return buffer if len(shape) == 1 else TB.decl_buffer((math.prod(shape),), dtype, data=buffer.data)
