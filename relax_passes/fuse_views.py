@@ -1,17 +1,18 @@
 """Lets attention read q, k and v where they lie and write its result where the next layer reads it.
 
-The movements between a qkv layer and attention (reshape, permute, slice) are affine: element [b, h, t, d] of q lies at
-``offset + b * batch_stride + h * head_stride + t * row_stride + d`` of the layer's output. Then no copy is needed:
+The movements between a qkv layer and attention (reshape, permute, slice) leave q, k and v where a matrix view finds
+them in the layer's output. Then no copy is needed:
 
-``int_attention(permute(reshape(slice(qkv))), ...)  -->  fused_attention(qkv, ..., q_view=(offset, strides))``
+``int_attention(permute(reshape(slice(qkv))), ...)  -->  fused_attention(qkv, ..., q_view)``
 
-The fused operator returns [B, T, H * D]; movements that end where they began become one reshape. Movements that are not
-affine (shifted windows) stay copies of 8-bit codes.
+The fused operator returns [B, T, H * D]; movements that end where they began become one reshape. Movements that no
+view describes (shifted windows) stay copies of 8-bit codes.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import tvm
@@ -23,8 +24,18 @@ from tvm_vitq.graph import data_operands, is_movement, move
 from tvm_vitq.numerics import Array
 from tvm_vitq.ops import attrs, call, op_name, shape_of
 
-View = tuple[int, int, int, int]
-"""Offset, and the strides of batch, head and token, in elements."""
+@dataclass(frozen=True)
+class MatrixView:
+    """Element [b, h, t, d] lies in row ``b * rows + row + t``, column ``column + h * head_stride + d`` of a matrix."""
+
+    width: int
+    column: int
+    head_stride: int
+    rows: int
+    row: int
+
+    def numbers(self) -> list[int]:
+        return [self.width, self.column, self.head_stride, self.rows, self.row]
 
 
 def fuse_views(mod: tvm.IRModule) -> tvm.IRModule:
@@ -40,15 +51,21 @@ def positions(path: list[Call], source_shape: list[int]) -> Array:
     return index
 
 
-def affine_view(index: Array) -> View | None:
-    """The strides of positions [B, H, T, D] if they are affine with unit stride in D, else None."""
+def matrix_view(index: Array, size: int) -> MatrixView | None:
+    """The view with positions [B, H, T, D] of a flat source of `size` elements, or None if there is none."""
     offset = int(index[0, 0, 0, 0])
     strides = [int(np.take(index, 1, a).flat[0]) - offset if n > 1 else 0 for a, n in enumerate(index.shape)]
-    if index.shape[3] > 1 and strides[3] != 1:
-        return None
     grids = np.ogrid[tuple(slice(n) for n in index.shape)]
-    expected = offset + sum(g * s for g, s in zip(grids, strides, strict=True))
-    return (offset, strides[0], strides[1], strides[2]) if np.array_equal(index, expected) else None
+    if not np.array_equal(index, offset + sum(g * s for g, s in zip(grids, strides, strict=True))):
+        return None
+    by_batch, by_head, by_token, by_depth = strides
+    width = by_token or by_batch or size
+    row, column = divmod(offset, width)
+    end = column + (index.shape[1] - 1) * by_head + index.shape[3]
+    fits = width > 0 and size % width == 0 and by_batch % width == 0 and by_head >= 0 and end <= width
+    if not fits or (index.shape[3] > 1 and by_depth != 1):
+        return None
+    return MatrixView(width, column, by_head, by_batch // width, row)
 
 
 class _Fuser(Rewriter):
@@ -80,18 +97,25 @@ class _Fuser(Rewriter):
         return None
 
     def attention(self, node: Call, name: str) -> Expr:
-        sources, views = [], {}
-        for letter, operand in zip("qkv", node.args[:3], strict=True):
-            source, path = self.origin(operand)
-            view = affine_view(positions(path, shape_of(source)))
-            if view is None:
-                source = operand
-                view = affine_view(positions([], shape_of(operand)))
-            sources.append(source)
-            views[f"{letter}_view"] = list(view or ())
+        operands, views = zip(*(self.view(operand, name) for operand in node.args[:3]), strict=True)
         batch, heads, queries, width = shape_of(node)
-        shapes = {"shape": [batch, heads, queries, width], "keys": shape_of(node.args[1])[2], "depth": shape_of(node.args[0])[3]}
-        fused = call("vitq.fused_attention", [*sources, *node.args[3:]], **attrs(node), **views, **shapes)
-        rows = self.emit(fused, name)
+        info = {
+            **attrs(node),
+            **{f"{letter}_view": view.numbers() for letter, view in zip("qkv", views, strict=True)},
+            "shape": [batch, heads, queries, width],
+            "keys": shape_of(node.args[1])[2],
+            "depth": shape_of(node.args[0])[3],
+        }
+        rows = self.emit(call("vitq.fused_attention", [*operands, *node.args[3:]], **info), name)
         apart = self.emit(relax.op.reshape(rows, (batch, queries, heads, width)), f"{name}_heads")
         return relax.op.permute_dims(apart, [0, 2, 1, 3])
+
+    def view(self, operand: Expr, name: str) -> tuple[Expr, MatrixView]:
+        """What attention reads in place of `operand`, and where in it; a copy with tokens as rows if need be."""
+        source, path = self.origin(operand)
+        found = matrix_view(positions(path, shape_of(source)), math.prod(shape_of(source)))
+        if found is None:
+            batch, heads, tokens, depth = shape_of(operand)
+            source = self.emit(relax.op.permute_dims(operand, [0, 2, 1, 3]), f"{name}_rows")
+            found = MatrixView(heads * depth, 0, depth, tokens, 0)
+        return source, found

@@ -16,8 +16,10 @@ import tvm
 from tvm import relax
 from tvm.ir import Call, Expr
 from tvm_vitq.relax_passes.lower_elementwise import EXPRESSIONS, operands
-from tvm_vitq.relax_passes.rewriter import Rewriter
+from tvm_vitq.relax_passes.rewriter import Rewriter, constant
+from tvm_vitq.schedules.attention import Attention, Probs, View
 from tvm_vitq.schedules.kernel import Kernel
+from tvm_vitq.schedules.layer_norm import LayerNorm
 from tvm_vitq.schedules.linear import Linear
 
 from tvm_vitq.graph import value_of
@@ -60,6 +62,8 @@ class _Lowering(Rewriter):
         self.rules: dict[str, Callable[[Call, dict[str, Any]], Expr]] = {
             "vitq.int_linear": self.linear,
             "vitq.fused_linear": self.linear,
+            "vitq.int_layer_norm": self.layer_norm,
+            "vitq.fused_attention": self.attention,
             **{name: self.elementwise for name in EXPRESSIONS},
         }
 
@@ -79,7 +83,7 @@ class _Lowering(Rewriter):
             function = kernel.func.with_attr("op_pattern", OPAQUE).with_attr(KERNEL_ATTRIBUTE, kernel.macs)
             self.made[spec.name] = self._block.add_func(function, kernel.name), kernel
         function_name, kernel = self.made[spec.name]
-        waiting = {"input": list(tensors), "constant": [relax.const(np.ascontiguousarray(c)) for c in constants]}
+        waiting = {"input": list(tensors), "constant": [constant(c) for c in constants]}
         args = []
         for argument in kernel.arguments[:-1]:
             value = waiting[argument.role].pop(0)
@@ -116,6 +120,37 @@ class _Lowering(Rewriter):
         constants = spec.pack(weight, bias, multiplier, zero if zero.size > 1 else int(zero.reshape(-1)[0]), partial)
         return self.call_kernel(spec, node, [x, *extra], constants)
 
+    def layer_norm(self, node: Call, info: dict[str, Any]) -> Expr:
+        x, gain, offset = node.args
+        spec = LayerNorm(math.prod(shape_of(x)[:-1]), shape_of(x)[-1], _output(info))
+        constants = spec.pack(value_of(gain), value_of(offset), info["shift"], info["epsilon"])
+        return self.call_kernel(spec, node, [x], constants)
+
+    def attention(self, node: Call, info: dict[str, Any]) -> Expr:
+        batch, heads, queries, width = info["shape"]
+        operands = list(node.args[:3])
+        sources = [s for n, s in enumerate(operands) if not any(s.same_as(t) for t in operands[:n])]
+        views, widths = [], {}
+        for letter, operand in zip("qkv", operands, strict=True):
+            source = next(n for n, s in enumerate(sources) if s.same_as(operand))
+            columns, column, head_stride, rows, row = info[f"{letter}_view"]
+            widths[source] = columns
+            views.append(View(source, column, head_stride, rows, row))
+        score, multiplier, zero_q, zero_k, zero_v, *rest = (value_of(a) for a in node.args[3:])
+        table = rest.pop(0) if info["softmax"] == "sigmoid" else None
+        additive = [_additive(term, info["keys"]) for term in rest]
+        spec = Attention(
+            self.isa, batch, heads, queries, info["keys"], info["depth"], width,
+            sources=tuple((math.prod(shape_of(s)) // widths[n], widths[n]) for n, s in enumerate(sources)),
+            q=views[0], k=views[1], v=views[2],
+            probs=Probs(info["softmax"], info["prob_max"], info["numerator"], info["shift"], info["guard"]),
+            out=_output(info),
+            additive=tuple(term.shape[:3] for term in additive),
+        )  # fmt: skip
+        zeros = (zero_q, zero_k, zero_v, info["zero_point"])
+        constants = spec.pack(score, multiplier, *zeros, additive=tuple(additive), table=table)
+        return self.call_kernel(spec, node, sources, constants)
+
     def elementwise(self, node: Call, info: dict[str, Any]) -> Expr:
         tensors, expression = operands(node)
         return self._block.call_te(expression, *tensors, primfunc_name_hint=op_name(node).replace(".", "_"))
@@ -125,3 +160,9 @@ def _kind_of_zero(zero: Array, out: Output) -> str:
     if out.dtype == "float32" or not zero.any():
         return "none"
     return "scalar" if zero.size == 1 else "vector"
+
+
+def _additive(term: Array, keys: int) -> Array:
+    """An additive term as [nb, nh, tq or 1, keys]."""
+    four = term.reshape((1,) * (4 - term.ndim) + term.shape)
+    return np.broadcast_to(four, (*four.shape[:3], keys))

@@ -44,7 +44,8 @@ def realize(mod: tvm.IRModule, plan: QuantPlan) -> tvm.IRModule:
 
 
 def const(value: Array) -> relax.Expr:
-    return relax.const(np.ascontiguousarray(value))
+    value = np.asarray(value)
+    return relax.const(np.ascontiguousarray(value).reshape(value.shape), str(value.dtype))  # else int64 becomes int32
 
 
 def _no_range(var: relax.Var) -> VitqError:

@@ -14,8 +14,10 @@ from tvm_vitq.ops import attrs, dtype_of, op_name
 
 def verify(mod: tvm.IRModule, after: str) -> None:
     """Raises VitqError, naming the pass, if the module is not well formed or an integer operator breaks its contract."""
-    if not relax.analysis.well_formed(mod):
-        raise VitqError("a pass left an ill-formed module", where=after)
+    try:
+        relax.analysis.well_formed(mod)
+    except tvm.error.TVMError as error:
+        raise VitqError("a pass left an ill-formed module", where=after, got=error) from error
     for block in mod["main"].body.blocks:
         for binding in block.bindings:
             value = binding.value
