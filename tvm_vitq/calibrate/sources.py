@@ -149,14 +149,14 @@ def _from_folder(
     total = len(files)
     if total > limit:
         files = [files[i * total // limit] for i in range(limit)]
-    values = torch.stack([_read(file, shape, preprocessing or {}) for file in files])
+    values = torch.stack([read_image(file, shape, preprocessing or {}) for file in files])
     text = f"folder {folder.name}: " + (
         f"{len(files)} of {total} images" if total > limit else f"{total} images"
     )
     return Images(values, text, [file.relative_to(folder).as_posix() for file in files])
 
 
-def _read(file: Path, shape: tuple[int, ...], preprocessing: Mapping[str, Any]) -> torch.Tensor:
+def read_image(file: Path, shape: tuple[int, ...], preprocessing: Mapping[str, Any]) -> torch.Tensor:
     """One image, resized and cropped to the model's size as timm's evaluation transform does."""
     from PIL import Image, UnidentifiedImageError
 
