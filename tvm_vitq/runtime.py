@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,17 @@ ALIGNMENT = 64
 """Bytes: TVM's vector loads assume it of every tensor (kAllocAlignment), NumPy promises only 16."""
 
 _CPU, _POOLED = 1, 2  # kDLCPU; AllocatorType::kPooled
+
+
+class KernelTime(NamedTuple):
+    """Share of one kernel, or of one function of the runtime, in a call of a library.
+
+    name : as in the build report's table of kernels; calls : per call of the library; milliseconds : all of them.
+    """
+
+    name: str
+    calls: int
+    milliseconds: float
 
 
 class Library:
@@ -110,9 +121,7 @@ class Library:
         """
         if repeat is not None and repeat < 1:
             raise VitqError("repeat is too small", where="benchmark", got=repeat, expected="1 or more")
-        if x is None:
-            x = np.random.default_rng(0).standard_normal(self.info.input_shape, dtype=np.float32)
-        images = self._checked_input(x)
+        images = self._checked_input(self._random_images() if x is None else x)
         with self._lock:
             main = self._loaded()
             threads = self._threads()
@@ -139,6 +148,53 @@ class Library:
             "threads": threads,
         }
 
+    def profile(self, x: Any = None, *, repeat: int = 20) -> list[KernelTime]:
+        """Time of every kernel within a call, by wall clock, the slowest first.
+
+        The virtual machine reports each call; that costs a few microseconds per kernel, which `benchmark` does
+        not have, and which is not counted here.
+
+        Parameters
+        ----------
+        x : a batch as for a call; random images if None.
+        repeat : calls measured; three before them are not.
+
+        Raises
+        ------
+        VitqError : as a call does; repeat below 1.
+        """
+        if repeat < 1:
+            raise VitqError("repeat is too small", where="profile", got=repeat, expected="1 or more")
+        images = self._checked_input(self._random_images() if x is None else x)
+        seconds: dict[str, float] = {}
+        calls: dict[str, int] = {}
+        start = 0.0
+
+        def instrument(_function: Any, name: str, before: bool, *_rest: Any) -> int:
+            nonlocal start
+            if before:
+                start = time.perf_counter()
+            else:
+                seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+                calls[name] = calls.get(name, 0) + 1
+            return 0  # VMInstrumentReturnKind::kNoOp
+
+        with self._lock:
+            main = self._loaded()
+            ffi.use_threads(self._threads())
+            tensor = ffi.runtime().from_dlpack(images)
+            for _ in range(3):
+                main(tensor)
+            self._vm["set_instrument"](ffi.runtime().convert(instrument))
+            try:
+                for _ in range(repeat):
+                    main(tensor)
+            finally:
+                # The machine has no call to remove an instrument; a new one, made when next called, has none.
+                self._main = self._vm = None
+        times = [KernelTime(name, calls[name] // repeat, 1e3 * seconds[name] / repeat) for name in seconds]
+        return sorted(times, key=lambda kernel: -kernel.milliseconds)
+
     def export_library(self, path: str | os.PathLike[str]) -> Path:
         """Writes the library as one file, whole or not at all, for `load_library` and runtime/vitq_run.cc.
 
@@ -157,6 +213,9 @@ class Library:
 
     def __repr__(self) -> str:
         return f"<Library {self.info.model} {self.info.input_shape} for {self.info.target.key}>"
+
+    def _random_images(self) -> np.ndarray:
+        return np.random.default_rng(0).standard_normal(self.info.input_shape, dtype=np.float32)
 
     def _threads(self) -> int:
         asked = self.num_threads or _checked_threads(settings.THREADS.value) or self.info.target.threads
