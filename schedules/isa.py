@@ -26,6 +26,9 @@ Right = Callable[[Expr, int], Expr]
 Sink = Callable[[int, int, Expr, int], None]
 """``sink(row, column, value, lanes)`` receives int32 sums."""
 
+Side = Callable[[Expr], None]
+"""``side(i)`` emits statements into iteration i of the innermost loop."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -57,6 +60,8 @@ class Isa:
         Mnemonic of the dot product, as it appears in generated assembly.
     tile : Tile
         The default register tile.
+    has_side : bool
+        `matmul` takes `side`: its inner loop leaves issue slots for scalar work.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Isa:
     unit: int
     instruction: str
     tile: Tile
+    has_side: bool = False
 
     def left_dtype(self, source: str) -> str:
         """The type in which left operands given as `source` (int8 or uint8) are read; another type means staging."""
@@ -91,8 +97,9 @@ class Isa:
         return right(offset, self.lanes * self.step)
 
     def matmul(
-        self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str, full_range: bool
-    ) -> None:
+        self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str, full_range: bool,
+        side: Side | None = None,
+    ) -> None:  # fmt: skip
         """Emits the register tile ``rows x columns`` of a product over `depth` (a multiple of `unit`).
 
         full_range : right elements may be -128 (attention); weights never are.
@@ -112,6 +119,8 @@ class Isa:
                     for v in range(vectors):
                         old = tir.load(acc[r][v], 0, self.lanes)
                         tir.store(acc[r][v], self.dot(old, word, loaded[v], source, full_range), 0, self.lanes)
+            if side is not None:
+                side(block)
         for r in range(rows):
             for v in range(vectors):
                 sink(r, v * self.lanes, tir.load(acc[r][v], 0, self.lanes), self.lanes)

@@ -19,6 +19,7 @@ class Avx512Vnni(Isa):
     step = 4
     unit = 4
     instruction = "vpdpbusd"
+    has_side = True
     tile = Tile(rows=6, columns=64)
     dot_intrinsic = "llvm.x86.avx512.vpdpbusd.512"
 

@@ -163,6 +163,60 @@ class Linear:
         return Kernel(self.name, tir.prim_func(self.name, emit), arguments, self.m * self.n * self.k)
 
 
+MAX_SIDE_LOOKUPS = 8
+"""Lookups per iteration of the innermost loop that its free issue slots absorb."""
+
+
+class DelayedLookup:
+    """Table lookups of one register tile, spread over the product of the next tile of the same panel.
+
+    A lookup is two scalar loads and a store. Done in the epilogue, they take as long as a fifth of a product of depth
+    384; in the product's loop, which waits for the multipliers, they are free.
+    """
+
+    def __init__(self, emitter: _Emitter, column: Expr, columns: int) -> None:
+        self.emitter, self.column, self.columns = emitter, column, columns
+        self.tile: Expr = 0
+        steps = emitter.spec.depth // emitter.isa.unit
+        self.per_step = tir.ceildiv(emitter.rows.large * columns, steps)
+        self.size = packing.padded(steps * self.per_step, GROUP)
+        self.indices = tir.scratch(self.size, "uint16")
+        self.entries = tir.scratch(self.size, emitter.spec.out_dtype)
+        with TB.serial(0, self.size // GROUP) as i:  # the first product and rows that a small tile lacks look up these
+            tir.store(self.indices, tir.constant(0, "uint16"), i * GROUP)
+
+    def step(self, iteration: Expr) -> None:
+        """The lookups of one iteration of the product."""
+        for i in range(self.per_step):
+            self._look_up(iteration * self.per_step + i)
+
+    def _look_up(self, at: Expr) -> None:
+        index = tir.cast(tir.load(self.indices, at, 1), "int32", 1)
+        tir.store(self.entries, tir.load(self.emitter.b["table"], index, 1), at, 1)
+
+    def write_previous(self) -> None:
+        """Stores the entries of the tile before the current one, if that was of this panel and block."""
+        first = self.emitter.blocks.large
+        with tir.when(self.tile % first != 0):
+            self._write(self.tile - 1)
+
+    def finish(self, end: Expr) -> None:
+        """Lookups of the last tile, before tile `end`."""
+        with TB.serial(0, self.emitter.rows.large * self.columns) as i:
+            self._look_up(i)
+        self._write(end - 1)
+
+    def _write(self, tile: Expr) -> None:
+        rows = self.emitter.rows
+        small = tir.let(tir.maximum(tile - rows.number_large, 0))
+        row = tir.let(tile * rows.large - small)
+        height = tir.let(rows.large - tir.minimum(tir.maximum(tile - (rows.number_large - 1), 0), 1))
+        with TB.serial(0, height) as r:
+            for c in range(0, self.columns, GROUP):
+                value = tir.let(tir.load(self.entries, r * self.columns + c))
+                self.emitter._write(value, row + r, self.column + c, c + GROUP == self.columns)
+
+
 class _Emitter:
     """The body of the kernel.
 
@@ -222,20 +276,35 @@ class _Emitter:
     def _panel(self, block: Expr, column: Expr, columns: int) -> None:
         """All rows of the block for one panel; `columns` is static."""
         large = self.blocks.large
+        lookup = DelayedLookup(self, column, columns) if self.delays_lookup else None
         with TB.serial(0, large) as i:
             tile = tir.let(block * large + i)
             with tir.when(tile < self.rows.count):
-                self._split(self.rows, tile, lambda row, rows: self._tile(row, column, rows, columns))
+                if lookup is not None:
+                    lookup.tile = tile
+                self._split(self.rows, tile, lambda row, rows: self._tile(row, column, rows, columns, lookup))
+        if lookup is not None:
+            lookup.finish(tir.let(tir.minimum(block * large + large, self.rows.count)))
 
-    def _tile(self, row: Expr, column: Expr, rows: int, columns: int) -> None:
+    @property
+    def delays_lookup(self) -> bool:
+        """Whether table lookups of a tile are done inside the product of the next one."""
+        spec = self.spec
+        elements = self.rows.large * spec.tiles.columns
+        per_step = tir.ceildiv(elements, spec.depth // self.isa.unit)
+        return bool(spec.lookup) and self.isa.has_side and not spec.groups and per_step <= MAX_SIDE_LOOKUPS
+
+    def _tile(self, row: Expr, column: Expr, rows: int, columns: int, lookup: DelayedLookup | None) -> None:
         sums = tir.scratch(rows * columns, "int32")
-        if not self.spec.groups:
-            self._product(sums, row, column, rows, columns, 0)
-        else:
+        if self.spec.groups:
             self._partial(sums, row, column, rows, columns)
-        self._epilogue(sums, row, column, rows, columns)
+        else:
+            self._product(sums, row, column, rows, columns, 0, lookup.step if lookup else None)
+        if lookup is not None:
+            lookup.write_previous()
+        self._epilogue(sums, row, column, rows, columns, lookup)
 
-    def _product(self, sums: Expr, row: Expr, column: Expr, rows: int, columns: int, group: Expr) -> None:
+    def _product(self, sums: Expr, row: Expr, column: Expr, rows: int, columns: int, group: Expr, side=None) -> None:  # type: ignore[no-untyped-def]
         """sums = x[rows, group] @ weight[columns, group].T"""
         spec, depth = self.spec, self.spec.depth
         base = tir.let(column * (self.groups * depth) + group * (depth * columns))
@@ -251,7 +320,10 @@ class _Emitter:
         def sink(r: int, c: int, value: Expr, lanes: int) -> None:
             tir.store(sums, value, r * columns + c, lanes)
 
-        self.isa.matmul(rows, columns, depth, left, right, sink, "int8", False)
+        if side is None:
+            self.isa.matmul(rows, columns, depth, left, right, sink, "int8", False)
+        else:
+            self.isa.matmul(rows, columns, depth, left, right, sink, "int8", False, side)
 
     def _partial(self, sums: Expr, row: Expr, column: Expr, rows: int, columns: int) -> None:
         """sums = sum over groups of the rounded, scaled products; bias comes with the epilogue."""
@@ -276,9 +348,13 @@ class _Emitter:
                     old = tir.load(sums, r * columns + c)
                     tir.store(sums, old + tir.rint(scaled), r * columns + c)
 
-    def _epilogue(self, sums: Expr, row: Expr, column: Expr, rows: int, columns: int) -> None:
+    def _epilogue(
+        self, sums: Expr, row: Expr, column: Expr, rows: int, columns: int, lookup: DelayedLookup | None
+    ) -> None:
         spec, out = self.spec, self.spec.out
-        indices = tir.scratch(rows * columns, "uint16") if spec.lookup else None
+        indices = None
+        if spec.lookup:
+            indices = lookup.indices if lookup else tir.scratch(rows * columns, "uint16")
         for c in range(0, columns, GROUP):
             bias = tir.let(tir.load(self.b["bias"], column + c))
             multiplier = tir.let(tir.load(self.b["multiplier"], column + c))
@@ -290,7 +366,7 @@ class _Emitter:
                     tir.store(indices, tir.cast(value, "uint16"), r * columns + c)
                 else:
                     self._write(tir.let(value), row + r, column + c, last=c + GROUP == columns)
-        if indices is not None:
+        if indices is not None and lookup is None:
             valid = columns if spec.n % GROUP == 0 else tir.let(tir.minimum(columns, spec.n - column))
             for r in range(rows):
                 with TB.serial(0, valid) as c:
@@ -312,18 +388,24 @@ class _Emitter:
             return
 
         def partly() -> None:
-            lane = tir.scratch(GROUP, "float32" if self.spec.out.dtype == "float32" else "int32")
+            lane = tir.scratch(GROUP, self._value_dtype)
             tir.store(lane, value, 0)
             with TB.serial(0, tail) as i:
                 self._write_lanes(tir.load(lane, i, 1), row, column + i, 1)
 
         tir.choose(column + GROUP <= self.spec.n, lambda: self._write_lanes(value, row, column, GROUP), partly)
 
+    @property
+    def _value_dtype(self) -> str:
+        """Type of the vectors that _write receives."""
+        if self.spec.lookup:
+            return self.spec.lookup
+        return "float32" if self.spec.out.dtype == "float32" else "int32"
+
     def _write_lanes(self, value: Expr, row: Expr, column: Expr, lanes: int) -> None:
         if self.spec.residual:
             total = value + tir.load(self.b["residual"], [row, column], lanes)
             value = tir.clip(total, -WIDE_MAX, WIDE_MAX, "int32", lanes)
-        dtype = self.spec.out.dtype
-        if dtype not in ("int32", "float32"):
-            value = tir.cast(value, dtype, lanes)
+        if self._value_dtype != self.spec.out_dtype:
+            value = tir.cast(value, self.spec.out_dtype, lanes)
         tir.store(self.b["out"], value, [row, column], lanes)
