@@ -234,7 +234,7 @@ def test_groups_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("out", [OUTPUTS[0], OUTPUTS[1], None], ids=["codes", "wide", "logits"])
 def test_dead_channels_keep_their_bias(out: Format | None) -> None:
-    """Weights of zero, or negligible beside the bias, leave the bias as the result, exactly as far as the output can tell."""
+    """Weights of zero, or negligible beside the bias, leave the bias as the result."""
     x = codes_format(8, [0.05], [128], "tensor")
     weight = np.zeros((5, 16))
     weight[3:] = 1e-12

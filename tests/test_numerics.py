@@ -1,4 +1,4 @@
-"""Every function of numerics.py against its float64 definition, within the bound that docs/numerics.md derives."""
+"""Every function of numerics.py against its float64 definition, within the bound of docs/numerics.md."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def test_layer_norm_of_a_constant_row_is_beta() -> None:
 
 
 def test_layer_norm_of_extreme_rows() -> None:
-    """The largest spread that wide values allow, and one outlier among 8192 channels, which NORM_MAX limits."""
+    """The largest spread of wide values, and one outlier among 8192 channels, which NORM_MAX limits."""
     x = np.full((2, 8192), -nm.WIDE_MAX, np.int32)
     x[0, ::2] = nm.WIDE_MAX
     x[1, 0] = nm.WIDE_MAX

@@ -1,4 +1,4 @@
-"""From annotated graphs to integer ones: operator by operator against float64, and whole models against the simulation."""
+"""Annotated graphs to integer ones: operators against float64, whole models against the simulation."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def local_errors(
 
 @pytest.mark.parametrize("variant", ["plain", "sigmoid", "swiglu", "bias", "mean", "outliers", "mixer"])
 def test_each_operator_is_within_half_a_step_and_little_more(variant: str) -> None:
-    """Codes: 1/2 for the rounding plus the bound of docs/numerics.md, and 1/4 on average as rounding alone has."""
+    """Codes: 1/2 for the rounding plus the bound of docs/numerics.md; 1/4 on average, as rounding alone has."""
     made = calibrated(VARIANTS[variant]())
     errors = local_errors(made.mod, made.plan, images(tuple(made.plan.input_shape), made.plan.input_shape[0]))
     beyond_half = {

@@ -75,15 +75,15 @@ def attention_constants(
     return AttentionConstants(
         _per_head(score, heads, np.float32),
         _per_head(probs_scale * v.scale / out.scale, heads, np.float32),
-        *(_per_head(f.zero_point, heads, np.int32) for f in (q, k, v)),
+        _per_head(q.zero_point, heads, np.int32),
+        _per_head(k.zero_point, heads, np.int32),
+        _per_head(v.zero_point, heads, np.int32),
         probs,
     )
 
 
 def additive_scores(value: Array) -> Array:
     """Additive attention term in base-2 fixed point; -inf becomes the most negative score."""
-    return np.clip(
-        np.rint(np.nan_to_num(value.astype(np.float64), posinf=1e9, neginf=-1e9) * math.log2(math.e) * 2**SCORE_BITS),
-        -ADDITIVE_MAX,
-        ADDITIVE_MAX,
-    ).astype(np.int32)
+    finite = np.nan_to_num(value.astype(np.float64), posinf=1e9, neginf=-1e9)
+    scores = np.rint(finite * math.log2(math.e) * 2**SCORE_BITS)
+    return np.clip(scores, -ADDITIVE_MAX, ADDITIVE_MAX).astype(np.int32)
