@@ -34,7 +34,8 @@ def quantize(
 
     Parameters
     ----------
-    model : timm model name, torch.nn.Module, torch.export.ExportedProgram, or path of an ONNX file.
+    model : timm model name, "refmodel:vit" (see tvm_vitq.refmodels), torch.nn.Module,
+        torch.export.ExportedProgram, or path of an ONNX file.
     bits : "w<weight bits>a<activation bits>", 2 to 8 each: "w8a8", "w4a8", "w4a4", ... The image stays at 8 bits.
     recipe : calibration method: "percentile", "minmax" or "mse".
     calibration : float32 images (N, 3, H, W), normalized; or an iterable of such batches (a DataLoader), a folder of

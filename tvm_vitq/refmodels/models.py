@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tvm_vitq.errors import VitqError, nearest
-from tvm_vitq.refmodels.architectures import ARCHITECTURES, build
-from tvm_vitq.refmodels.images import data_file
+from tvm_vitq.refmodels.architectures import ARCHITECTURES, IMAGE_SIZE, build
+from tvm_vitq.refmodels.images import MEAN, STD, data_file
 from tvm_vitq.refmodels.outliers import add_outliers
 
 if TYPE_CHECKING:
@@ -54,5 +54,13 @@ def load_model(name: str) -> nn.Module:
             got=str(error),
             fix="reinstall the package",
         ) from error
+    # What timm's own models carry: the image size and how images are normalized.
+    model.pretrained_cfg = {
+        "input_size": (3, IMAGE_SIZE, IMAGE_SIZE),
+        "mean": MEAN,
+        "std": STD,
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+    }
     model.eval().requires_grad_(False)
     return add_outliers(model) if name.endswith(_OUTLIER) else model
