@@ -93,6 +93,9 @@ class _Lowering(Rewriter):
         return self.shaped(result, tuple(shape_of(node)))
 
     def shaped(self, value: Expr, shape: tuple[int, ...]) -> Expr:
+        """`value` as another shape of the same elements: no copy, and none of the reshapes on the way."""
+        while (reshape := self.call_of(value, "relax.reshape")) is not None:
+            value = reshape.args[0]
         if tuple(shape_of(value)) == tuple(shape):
             return value
         return self.emit(relax.op.reshape(value, shape), "reshaped")

@@ -39,6 +39,7 @@ def lower_passes(profile: TargetProfile) -> list[tuple[str, Pass]]:
         ("fuse_views", fuse_views),
         ("lower_kernels", lambda mod: lower_kernels(mod, profile)),
         ("legalize", relax.transform.LegalizeOps()),
+        ("free_reshapes", relax.transform.RewriteDataflowReshape()),  # before fusion would make copies of them
         ("annotate_patterns", relax.transform.AnnotateTIROpPattern()),
         ("fuse_ops", relax.transform.FuseOps()),
         ("fuse_tir", relax.transform.FuseTIR()),
