@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import tvm
+
 from tvm_vitq.schedules import tir
 from tvm_vitq.schedules.isa import Isa, Left, Right, Sink, Tile
 from tvm_vitq.schedules.tir import TB, Expr
@@ -21,37 +25,40 @@ class I8mm(Isa):
     name = "i8mm"
     lanes = 4
     step = 8
-    unit = 16
+    unit = 8
     instruction = "smmla"
-    tile = Tile(rows=6, columns=16)
+    tile = Tile(rows=4, columns=48)
+    block = 24
+    """Columns that are computed together: with two pairs of rows 24 sums. Joining two rows of x in one register takes an
+    instruction of the same kind of unit as smmla, so wide and low blocks are the better ones."""
 
     def matmul(
         self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str, full_range: bool
     ) -> None:
-        pairs, vectors = tir.ceildiv(rows, 2), columns // 2
-        acc = [[tir.scratch(4, "int32") for _ in range(vectors)] for _ in range(pairs)]
-        for register in (b for line in acc for b in line):
-            tir.store(register, tir.constant(0, "int32", 4), 0, 4)
-        with TB.serial(0, depth // self.unit) as block:
-            x = [tir.let(left(r, block * self.unit, 16)) for r in range(rows)]
-            for half in (0, 1):
+        pairs = tir.ceildiv(rows, 2)
+        width = max(w for w in range(4, self.block + 1, 4) if columns % w == 0)
+        vectors = width // 2
+        with TB.serial(0, columns // width) as i:
+            acc = [[tir.scratch(4, "int32") for _ in range(vectors)] for _ in range(pairs)]
+            for register in (b for line in acc for b in line):
+                tir.store(register, tir.constant(0, "int32", 4), 0, 4)
+            with TB.serial(0, depth // self.unit) as block:
+                x = [left(r, block * self.unit, 8) for r in range(rows)]
+                x = [tir.let(_join(x[2 * p], x[min(2 * p + 1, rows - 1)], range(16))) for p in range(pairs)]
                 for v in range(vectors):
-                    w = tir.let(right(block * (self.unit * columns) + half * (8 * columns) + v * 16, 16))
+                    w = tir.let(right(block * (self.unit * columns) + i * (width * 8) + v * 16, 16))
                     for p in range(pairs):
-                        both = _halves(x[2 * p], x[min(2 * p + 1, rows - 1)], half, 8)
                         old = tir.load(acc[p][v], 0, 4)
-                        tir.store(acc[p][v], tir.intrinsic(_INTRINSIC[source], "int32x4", old, both, w), 0, 4)
-        for r in range(rows):
-            for v in range(0, vectors, 2):
-                a, b = (tir.load(acc[r // 2][v + i], 0, 4) for i in (0, 1))
-                sink(r, 2 * v, _halves(a, b, r % 2, 2), 4)
+                        tir.store(acc[p][v], tir.intrinsic(_INTRINSIC[source], "int32x4", old, x[p], w), 0, 4)
+            for r in range(rows):
+                for v in range(0, vectors, 2):
+                    a, b = (tir.load(acc[r // 2][v + j], 0, 4) for j in (0, 1))
+                    sink(r, i * width + 2 * v, _join(a, b, (2, 3, 6, 7) if r % 2 else (0, 1, 4, 5)), 4)
 
 
-def _halves(a: Expr, b: Expr, half: int, lanes: int) -> Expr:
-    """zip1 or zip2 of 64-bit lanes: the lower or upper half of a and of b; a half has `lanes` elements."""
-    first = lanes * half
-    indices = [*range(first, first + lanes), *range(first + 2 * lanes, first + 3 * lanes)]
-    return tir.shuffle_two(a, b, indices)
+def _join(a: Expr, b: Expr, lanes: Iterable[int]) -> Expr:
+    """Lanes picked from two vectors, counting those of b after those of a."""
+    return tvm.tirx.Shuffle([a, b], [tvm.tirx.const(i, "int32") for i in lanes])
 
 
 ISA = I8mm()

@@ -50,12 +50,13 @@ class Neon(SignedLeft):
     def matmul(
         self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str, full_range: bool
     ) -> None:
-        for first in range(0, columns, self.block):
+        with TB.serial(0, columns // self.block) as i:
             acc = [[self.accumulator() for _ in range(self.block)] for _ in range(rows)]
             with TB.serial(0, depth // self.unit) as block:
                 x = [tir.let(left(r, block * self.unit, 16)) for r in range(rows)]
                 for c in range(self.block):
-                    w = tir.let(right(block * (self.unit * columns) + (first + c) * self.step, 16))
+                    at = block * (self.unit * columns) + (i * self.block + c) * self.step
+                    w = tir.let(right(at, 16))
                     for r in range(rows):
                         old = tir.load(acc[r][c], 0, 4)
                         tir.store(acc[r][c], self._dot(old, x[r], w, full_range), 0, 4)
@@ -63,7 +64,7 @@ class Neon(SignedLeft):
                 sums = [tir.load(acc[r][c], 0, 4) for c in range(self.block)]
                 while len(sums) > 1:
                     sums = [_pairwise(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
-                sink(r, first, sums[0], 4)
+                sink(r, i * self.block, sums[0], 4)
 
     def _dot(self, acc: Expr, x: Expr, w: Expr, full_range: bool) -> Expr:
         low, high = (_products(x, w, half) for half in (0, 1))
