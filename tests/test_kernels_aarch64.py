@@ -1,0 +1,192 @@
+"""Kernels of the AArch64 instruction sets on emulated CPUs: every element equals numerics."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from kernel_library import Case, compile_cases, export_cases, split_results
+
+from tvm_vitq import emulate
+from tvm_vitq import numerics as nm
+from tvm_vitq.integerize.attention import probabilities
+from tvm_vitq.numerics import Output, Partial
+from tvm_vitq.schedules.attention import Attention, Probs, View
+from tvm_vitq.schedules.isa import Tile, isa
+from tvm_vitq.schedules.layer_norm import LayerNorm
+from tvm_vitq.schedules.linear import Linear
+
+CODES = Output("int8", -128, 127)
+INDEX = Output("uint16", 0, 4095)
+WIDE = Output("int32")
+LOGITS = Output("float32")
+
+LINEARS = {
+    # name: (m, n, k), options of the kernel
+    "one": ((1, 1, 1), {"out": CODES}),
+    "row": ((1, 100, 192), {"out": LOGITS}),
+    "tails": ((5, 17, 27), {"out": CODES, "zero_point": "scalar"}),
+    "odd": ((13, 33, 100), {"out": CODES, "zero_point": "vector"}),
+    "panels": ((7, 144, 64), {"out": Output("int8", -8, 7), "zero_point": "scalar"}),
+    "blocks": ((50, 48, 32), {"out": CODES, "tile": Tile(4, 32, 12)}),
+    "tile64": ((9, 80, 48), {"out": CODES, "tile": Tile(2, 64)}),
+    "shift": ((6, 20, 40), {"out": Output("int8", -128, 127, "shift"), "zero_point": "scalar"}),
+    "lookup": ((11, 40, 72), {"out": INDEX, "lookup": "int8", "zero_point": "scalar"}),
+    "lookup_wide": ((3, 32, 16), {"out": INDEX, "lookup": "int32", "zero_point": "vector"}),
+    "residual": ((10, 50, 96), {"out": WIDE, "residual": True}),
+    "groups": ((7, 18, 80), {"out": CODES, "groups": 5, "zero_point": "scalar"}),
+    "groups_tail": ((4, 16, 36), {"out": WIDE, "groups": 3, "residual": True}),
+    "rows": ((9, 30, 48), {"out": CODES, "groups": 1, "row_scales": True, "row_zero_points": True}),
+}
+
+
+def linear_case(name: str, target: str, shape: tuple[int, int, int], options: dict, extreme: bool = False) -> Case:
+    m, n, k = shape
+    rng = np.random.default_rng(shape)
+    spec = Linear(target, m, n, k, **options)
+    x, weight = rng.integers(-128, 128, (m, k)), rng.integers(-127, 128, (n, k))
+    if extreme:
+        x, weight = np.full((m, k), -128), np.where(np.arange(n) % 2, 127, -127)[:, None] + np.zeros((1, k))
+    x, weight = x.astype(np.int8), weight.astype(np.int8)
+    bias = rng.integers(-5000, 5000, n).astype(np.int32)
+    span = 2048 if options["out"] is INDEX else 2e6 if options["out"] is WIDE else 100
+    spread = 5000 * np.sqrt(k)
+    multiplier = (rng.uniform(0.5, 1, n) * span / spread).astype(np.float32)
+    if options["out"].kind == "shift":
+        multiplier = np.exp2(-rng.integers(0, 16, n)).astype(np.float32)
+    zero = {"none": 0, "scalar": 5, "vector": rng.integers(-9, 9, n)}[options.get("zero_point", "none")]
+    zero = zero + (2048 if options["out"] is INDEX else 0)
+    partial = None
+    if groups := options.get("groups", 0):
+        partial = Partial(
+            rng.uniform(0.1, 2, (groups, n)).astype(np.float32),
+            rng.integers(-2000, 2000, (groups, n)).astype(np.int32),
+        )
+        if options.get("row_scales"):
+            sums = weight.reshape(n, groups, -1).sum(-1, dtype=np.int32).T
+            rows = rng.uniform(0.5, 2, m).astype(np.float32), rng.integers(-128, 128, m).astype(np.int32)
+            partial = Partial(partial.multiplier, partial.bias, *rows, sums)
+    inputs = [x]
+    expected = nm.int_linear(x, weight, bias, multiplier, zero, options["out"], partial)
+    if dtype := options.get("lookup"):
+        inputs.append(rng.integers(-128, 128, 4096).astype(dtype))
+        expected = nm.int_lookup(expected, inputs[-1])
+    if options.get("residual"):
+        inputs.append(rng.integers(-nm.WIDE_MAX, nm.WIDE_MAX, (m, n)).astype(np.int32))
+        expected = nm.int_add(expected, inputs[-1])
+    return Case(name, spec, inputs, spec.pack(weight, bias, multiplier, zero, partial), expected)
+
+
+def layer_norm_case(name: str, m: int, c: int, out: Output) -> Case:
+    rng = np.random.default_rng(c)
+    x = (rng.integers(-(2**20), 2**20, (m, c)) + rng.integers(-(2**22), 2**22, (m, 1))).astype(np.int32)
+    x[0] = nm.WIDE_MAX * np.where(np.arange(c) % 2, 1, -1)
+    x[1:2] = 77
+    gain, offset = rng.integers(-(2**13), 2**13, c), rng.integers(-(2**20), 2**20, c)
+    constants = {"shift": 17 if out is CODES else 8, "epsilon": 9}
+    spec = LayerNorm(m, c, out)
+    arrays = spec.pack(gain, offset, constants["shift"], constants["epsilon"])
+    expected = nm.int_layer_norm(x, arrays[0], arrays[1], out=out, **constants)
+    return Case(name, spec, [x], arrays, expected)
+
+
+def attention_case(
+    name: str,
+    target: str,
+    shape: tuple[int, int, int, int, int, int],
+    *,
+    kind: str = "softmax",
+    bits: int = 8,
+    extreme: bool = False,
+    additive: tuple[tuple[int, int, int], ...] = (),
+    out: Output = CODES,
+) -> Case:
+    """q, k and v side by side in one matrix [b * t, ...] if there are as many queries as keys, else in two."""
+    b, h, tq, tk, d, dv = shape
+    largest = 2**bits - 1
+    probs = probabilities(kind, bits, 1 / largest, tk, name)
+    rng = np.random.default_rng(tk)
+
+    def codes(*size: int) -> np.ndarray:
+        return np.full(size, -128, np.int8) if extreme else rng.integers(-128, 128, size).astype(np.int8)
+
+    q, k, v = codes(b, h, tq, d), codes(b, h, tk, d), codes(b, h, tk, dv)
+    flat = [a.transpose(0, 2, 1, 3).reshape(b * a.shape[2], -1) for a in (q, k, v)]
+    if tq == tk:
+        sources = [np.concatenate(flat, 1)]
+        views = [View(0, 0, d, tq), View(0, h * d, d, tq), View(0, 2 * h * d, dv, tq)]
+    else:
+        sources = [flat[0], np.concatenate(flat[1:], 1)]
+        views = [View(0, 0, d, tq), View(1, 0, d, tk), View(1, h * d, dv, tk)]
+    zeros = [rng.integers(-128, 128, h).astype(np.int32) for _ in range(3)]
+    score = np.full(h, 4096 * 4 / (d**0.5 * 5000), np.float32) * rng.uniform(0.5, 1, h).astype(np.float32)
+    multiplier = (rng.uniform(0.5, 1, h) / (largest if kind == "softmax" else largest * tk)).astype(np.float32)
+    terms = tuple(rng.integers(-(2**14), 2**14, (*size, tk)).astype(np.int32) for size in additive)
+    spec = Attention(
+        target, *shape, tuple(s.shape for s in sources), *views, Probs.of(probs), out, additive
+    )
+    arrays = spec.pack(score, multiplier, *zeros, 3, terms, probs.table)
+    # Windows follow each other: image i takes term i % nb.
+    full = tuple(np.tile(t, (b // t.shape[0], 1, 1, 1)) for t in terms)
+    names = dict(zip(("zero_q", "zero_k", "zero_v"), zeros, strict=True))
+    o = nm.int_attention(q, k, v, score, multiplier, full, **names, zero_point=3, probs=probs, out=out)
+    return Case(name, spec, sources, arrays, o.transpose(0, 2, 1, 3).reshape(b * tq, h * dv))
+
+
+def make_cases(target: str) -> list[Case]:
+    cases = [linear_case(name, target, *case) for name, case in LINEARS.items()]
+    cases.append(linear_case("extreme", target, (3, 16, 128), {"out": WIDE}, extreme=True))
+    norms = {"norm": (5, 192, CODES), "norm_tail": (3, 50, CODES), "norm_wide": (2, 17, WIDE)}
+    cases += [layer_norm_case(name, *shape) for name, shape in norms.items()]
+    cases.append(attention_case("attention", target, (1, 2, 21, 21, 32, 32)))
+    cases.append(attention_case("attention_tails", target, (1, 1, 3, 37, 20, 12), bits=4))
+    cases.append(attention_case("attention_extreme", target, (1, 1, 4, 16, 32, 16), extreme=True))
+    cases.append(attention_case("windows", target, (4, 2, 9, 9, 16, 24), additive=((1, 2, 9), (2, 1, 9))))
+    cases.append(attention_case("sigmoid", target, (1, 1, 5, 19, 16, 16), kind="sigmoid"))
+    return cases
+
+
+NAMES = [case.name for case in make_cases("neon")]
+ISAS = list(emulate.CPU_OF_ISA)
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def results(request, run_under_qemu, tmp_path_factory):
+    """(expected, computed) by case, all kernels of one instruction set."""
+    cases = make_cases(request.param)
+    path = export_cases(cases, request.param, tmp_path_factory.mktemp("kernels") / "kernels.so")
+    flat = run_under_qemu(path, np.zeros((1, 3, 1, 1), np.float32), cpu=emulate.CPU_OF_ISA[request.param])
+    return {case.name: case.expected for case in cases}, split_results(cases, flat)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_numerics(results, name):
+    expected, computed = results
+    assert len(np.unique(expected[name])) > 1 or expected[name].size == 1 or "extreme" in name
+    np.testing.assert_array_equal(computed[name], expected[name].astype(np.float32))
+
+
+@pytest.mark.parametrize("target", ISAS)
+def test_loop_is_the_instruction_and_does_not_spill(target):
+    """The default tile fits the registers: no iteration of the innermost loop touches the stack."""
+    case = linear_case("", target, (60, 96, 256), {"out": CODES, "zero_point": "scalar"})
+    executable, _ = compile_cases([case], target)
+    lines = executable.mod.imports[0].inspect_source("asm").splitlines()
+    loops = innermost_loops(lines, isa(target).instruction)
+    assert loops
+    for loop in loops:
+        assert not [line for line in loop if "[sp" in line]
+
+
+def innermost_loops(lines: list[str], instruction: str) -> list[list[str]]:
+    """Bodies of the loops with most uses of the instruction: from a label to the first branch back to it."""
+    label = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\.L\w+):", line))}
+    bodies = []
+    for i, line in enumerate(lines):
+        match = re.match(r"\s+(?:b\.\w+|cbn?z|tbn?z)\s.*?(\.L\w+)$", line)
+        if match and label.get(match[1], i) < i:
+            body = lines[label[match[1]] + 1 : i]
+            if not any(re.match(r"\.L", other) for other in body) and any(instruction in other for other in body):
+                bodies.append(body)
+    return bodies
