@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tvm_vitq.schedules import packing, probabilities, tir
+from tvm_vitq.schedules.isa import Sink
 from tvm_vitq.schedules.kernel import Split
 from tvm_vitq.schedules.packing import GROUP
 from tvm_vitq.schedules.requantize import requantize, zero_lanes
@@ -162,22 +163,40 @@ class AttentionBody:
         rows, columns = self.rows.large, self.spec.score_columns
         self.query = tir.scratch(rows * self.qk_depth, self.isa.left_dtype("int8"))
         self.scores = tir.scratch(rows * columns, "int32")
+        self.exponentials = tir.scratch(rows * columns, "uint16")
         self.probs = tir.scratch(rows * columns, self.isa.left_dtype("uint8"))
         self.sums = tir.scratch(rows * self.out_columns, "int32")
         self.row_term = tir.scratch(rows, "int32")
 
     def _tile(self, row: Expr) -> None:
-        rows, columns = self.rows.large, self.spec.score_columns
         self._stage_query(row)
-        self._product(self.query, self.qk_depth, self.qk_depth, self.keys, self.scores, columns, "int8")
-        probabilities.emit(self, row)
-        self._product(self.probs, columns, self.pv_depth, self.values, self.sums, self.out_columns, "uint8")
-        self._output(row, rows)
+        self._product(self.query, self.qk_depth, self.qk_depth, self.keys, self._scores(row), "int8")
+        probabilities.emit(self)
+        columns = self.out_columns
+        self._product(
+            self.probs, self.spec.score_columns, self.pv_depth, self.values,
+            lambda r, c, value, n: tir.store(self.sums, value, r * columns + c, n), "uint8",
+        )  # fmt: skip
+        self._output(row, self.rows.large)
 
-    def _product(
-        self, left: Expr, stride: int, depth: int, panels: Panels, sums: Expr, columns: int, source: str
-    ) -> None:
-        """sums[rows, columns] = left @ panels"""
+    def _scores(self, row: Expr) -> Sink:
+        """Sums of products become base-2 scores on their way out of the registers."""
+        multiplier = {n: tir.let(tir.splat(self.score_multiplier, n)) for n in {self.isa.lanes, LANES}}
+
+        def sink(r: int, column: Expr, value: Expr, lanes: int) -> None:
+            value = value + tir.load(self.key_correction, column, lanes)
+            value = value + tir.splat(tir.load(self.row_term, r, 1), lanes)
+            value = tir.round_multiply(value, multiplier[lanes], lanes, limit=self.spec.limit_scores)
+            for i, (images, heads, rows) in enumerate(self.spec.additive):
+                image = 0 if images == 1 else TB.floormod(self.image, images)
+                where = [image, 0 if heads == 1 else self.head, 0 if rows == 1 else row + r, column]
+                value = value + tir.load(self.b[f"additive{i}"], where, lanes)
+            tir.store(self.scores, value, r * self.spec.score_columns + column, lanes)
+
+        return sink
+
+    def _product(self, left: Expr, stride: int, depth: int, panels: Panels, sink: Sink, source: str) -> None:
+        """left @ panels; the columns given to `sink` count from the first panel."""
         for first, count, width in panels.runs():
             with TB.serial(0, count) as panel:
                 column = tir.let(first + panel * width)
@@ -185,7 +204,7 @@ class AttentionBody:
                     self.rows.large, width, depth,
                     lambda r, k, n: tir.load(left, r * stride + k, n),
                     lambda offset, n, column=column: tir.load(panels.buffer, column * depth + offset, n),
-                    lambda r, c, value, n, column=column: tir.store(sums, value, r * columns + column + c, n),
+                    lambda r, c, value, n, column=column: sink(r, column + c, value, n),
                     source, True,
                 )  # fmt: skip
 

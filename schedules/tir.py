@@ -136,6 +136,12 @@ def round_multiply(value: Expr, multiplier: Expr, lanes: int = LANES, *, limit: 
     return rint(scaled, lanes)
 
 
+def multiply_high(a: Expr, b: Expr, lanes: int) -> Expr:
+    """High halves of the products of uint16 lanes (pmulhuw, umull and shrn)."""
+    product = cast(a, "uint32", lanes) * cast(b, "uint32", lanes)
+    return cast(product >> constant(16, "uint32", lanes), "uint16", lanes)
+
+
 def shuffle(value: Expr, indices: list[int]) -> Expr:
     """Lanes of `value` picked by constant positions."""
     return tvm.tirx.Shuffle([value], [tvm.tirx.const(i, "int32") for i in indices])
