@@ -53,6 +53,14 @@ class CanonicalizeArithmetic(Rewriter):
         if operator in NUMPY and all(is_constant(a) for a in call.args):
             dtype = str(call.ty.dtype)
             return constant(np.asarray(NUMPY[operator](*(value_of(a) for a in call.args))).astype(dtype))
+        if operator in ("relax.full_like", "relax.zeros_like", "relax.ones_like"):
+            fill = 1.0 if operator == "relax.ones_like" else 0.0
+            if operator == "relax.full_like":
+                filler = scalar_of(call.args[1])
+                if filler is None:
+                    return None
+                fill = filler
+            return constant(np.full(shape_of(call), fill, str(call.ty.dtype)))
         if operator == "relax.astype" and is_constant(call.args[0]):
             return constant(value_of(call.args[0]).astype(str(call.ty.dtype)))
         if str(getattr(call.ty, "dtype", "")) != "float32":

@@ -211,7 +211,10 @@ def additive_terms(found: list[np.ndarray], lead: list[int], kind: str) -> list[
             terms.append(np.broadcast_to(value, joint).reshape(joint))
             continue
         terms.extend(factored(value.reshape(*full, *value.shape[-2:])))
-    return terms
+    merged: dict[tuple[int, ...], np.ndarray] = {}
+    for term in terms:
+        merged[term.shape] = merged[term.shape] + term if term.shape in merged else term
+    return [term for term in merged.values() if np.any(term)]
 
 
 def factored(value: np.ndarray) -> list[np.ndarray]:

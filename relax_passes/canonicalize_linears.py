@@ -23,15 +23,14 @@ class CanonicalizeLinears(Rewriter):
     def rewrite(self, call: Call, name: str) -> Expr | None:
         if op_name(call) != "relax.matmul" or not is_constant(call.args[1]) or is_constant(call.args[0]):
             return None
-        shape = shape_of(call.args[1])
-        if (
-            len(shape) < 2
-            or any(s != 1 for s in shape[:-2])
-            or len(shape_of(call)) != len(shape_of(call.args[0]))
-        ):
+        value = value_of(call.args[1])
+        if value.ndim < 2 or len(shape_of(call)) != len(shape_of(call.args[0])):
             return None
-        weight = constant(value_of(call.args[1]).reshape(shape[-2:]).T)
-        bias = constant(np.zeros(shape[-1], "float32"))
+        weights = value.reshape(-1, *value.shape[-2:])  # decomposed programs repeat the weight for every image
+        if not (weights == weights[:1]).all():
+            return None
+        weight = constant(weights[0].T)
+        bias = constant(np.zeros(value.shape[-1], "float32"))
         return ops.call("vitq.linear", [call.args[0], weight, bias], site=layer_of(name))
 
 

@@ -12,7 +12,6 @@ from tvm_vitq.ops import op_name, shape_of
 from tvm_vitq.relax_passes.canonicalize_views import permutation
 from tvm_vitq.relax_passes.rewriter import Call, Expr, Rewriter, int_list, layer_of, rewriting_pass
 
-
 POOLS = ("relax.mean", "relax.nn.adaptive_avg_pool2d")
 
 

@@ -18,7 +18,6 @@ from tvm_vitq.relax_passes.rewriter import (
     is_constant,
     layer_of,
     rewriting_pass,
-    scalar_of,
     value_of,
 )
 from tvm_vitq.relax_passes.view_algebra import AxisMap, Step
@@ -196,7 +195,7 @@ class CanonicalizeViews(Rewriter):
             order.extend(range(*slice(int_list(cut.args[2])[0], int_list(cut.args[3])[0]).indices(size)))
         if sorted(order) != list(range(size)):
             return None
-        return relax.op.take(x, relax.const(np.array(order), "int64"), axis=axis)
+        return relax.op.take(x, relax.const(np.array(order), "int64"), axis=axis, mode="clip")
 
     def stack(self, call: Call, name: str) -> Expr:
         axis = int(call.attrs["axis"]) % len(shape_of(call))
@@ -204,7 +203,7 @@ class CanonicalizeViews(Rewriter):
         for part in call.args[0].fields:
             shape = shape_of(part)
             parts.append(self.view(part, Step("reshape", (*shape[:axis], 1, *shape[axis:])), name))
-        joined = relax.op.concat(parts, axis=axis)
+        joined = relax.op.concat(parts, axis=axis, mode="clip")
         return self.emit(joined, f"{layer_of(name)}:concat")
 
     def pad(self, call: Call, name: str) -> Expr | None:

@@ -9,7 +9,7 @@ from tvm_vitq import ops
 from tvm_vitq.ops import op_name
 from tvm_vitq.relax_passes.rewriter import Call, Rewriter, Var, layer_of
 
-OWN_SITE = ("vitq.linear", "vitq.layer_norm", "vitq.activation", "vitq.attention", "vitq.mean")
+OWN_SITE = ("vitq.attention", "vitq.linear", "vitq.layer_norm", "vitq.activation", "vitq.mean")
 
 
 class NameBindings(Rewriter):
@@ -18,6 +18,7 @@ class NameBindings(Rewriter):
     def __init__(self) -> None:
         super().__init__()
         self.taken: set[str] = {"x"}
+        self.attention: set[str] = set()
 
     def unique(self, wanted: str) -> str:
         name, count = wanted, 2
@@ -28,11 +29,19 @@ class NameBindings(Rewriter):
 
     def transform(self, function: relax.Function) -> relax.Function:
         bindings = [b for block in function.body.blocks for b in block.bindings]
-        # Layers first, so that a matmul keeps its module path whatever stands before it.
+        # Layers first, so that a matmul keeps its module path whatever stands before it; among the operators of one
+        # layer attention first, as a projection that is no module of its own is part of it.
         sites: dict[Var, str] = {}
-        for binding in bindings:
-            if op_name(binding.value) in OWN_SITE:
-                sites[binding.var] = self.unique(self.site(binding.value, binding.var.name))
+        for rank in (("vitq.attention",), OWN_SITE[1:]):
+            for binding in bindings:
+                operator = op_name(binding.value)
+                if operator in rank:
+                    wanted = self.site(binding.value, binding.var.name)
+                    if operator == "vitq.linear" and wanted in self.attention:
+                        wanted += ".linear"
+                    sites[binding.var] = self.unique(wanted)
+                    if operator == "vitq.attention":
+                        self.attention.add(sites[binding.var])
         for binding in bindings:
             value, layer = self.substitute(binding.value), layer_of(binding.var.name)
             if binding.var in sites:

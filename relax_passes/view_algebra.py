@@ -7,6 +7,7 @@ afterwards atoms that are neighbours before and after belong together again. Axe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 
@@ -140,7 +141,7 @@ class AxisMap:
 
 def _runs(groups: list[list[int]], position: dict[int, int]) -> bool:
     """Whether each group is a run of consecutive positions in the other order."""
-    return all(position[b] == position[a] + 1 for g in groups for a, b in zip(g, g[1:], strict=False))
+    return all(position[b] == position[a] + 1 for g in groups for a, b in pairwise(g))
 
 
 def _order(groups: list[list[int]], position: dict[int, int]) -> list[int]:

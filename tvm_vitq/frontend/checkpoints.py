@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Keys under which training scripts keep the weights; averaged ones are preferred, as timm does."""
 
 
-def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+def read_checkpoint(path: str | PathLike[str]) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint file by parameter name.
 
     Raises
@@ -55,7 +56,7 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items()}
 
 
-def fit(module: torch.nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
+def fit(module: torch.nn.Module, state: dict[str, torch.Tensor], path: str | PathLike[str]) -> dict[str, torch.Tensor]:
     """`state` converted to the module's own layout where timm knows how; refuses keys and shapes that do not fit."""
     filter_fn = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
     if misfits(module, state) and filter_fn is not None:
@@ -93,7 +94,7 @@ def _shortened(found: list[str], limit: int = 6) -> str:
 
 
 def load_into(
-    module: torch.nn.Module, path: str | Path, state: dict[str, torch.Tensor] | None = None
+    module: torch.nn.Module, path: str | PathLike[str], state: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Load a checkpoint file into a module."""
     module.load_state_dict(fit(module, read_checkpoint(path) if state is None else state, path))

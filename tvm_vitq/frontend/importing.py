@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     import tvm
 
 MAX_IMAGE = 4096
+REFMODEL = "refmodel:"
+"""Before the names of the models that the package brings along, which are no names of timm's."""
 
 
 def import_model(
@@ -21,14 +24,14 @@ def import_model(
     *,
     input_shape: tuple[int, ...] | None = None,
     batch: int = 1,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | PathLike[str] | None = None,
     pretrained: bool = False,
 ) -> FloatModel:
     """Import a model as a canonical float graph.
 
     Parameters
     ----------
-    model : a timm name, an nn.Module, a torch.export.ExportedProgram, or the path of an .onnx file.
+    model : a timm name, "refmodel:vit" and the other names of `tvm_vitq.refmodels`, an nn.Module, a torch.export.ExportedProgram, or the path of an .onnx file.
     input_shape : (H, W), (C, H, W) or (B, C, H, W). Default: what the model is made for; an nn.Module that timm did not
         make needs it. An ExportedProgram or ONNX file has its shape already.
     batch : images per call, fixed from here on.
@@ -46,10 +49,15 @@ def import_model(
     if isinstance(model, (str, Path)) and Path(model).suffix == ".onnx":
         _only_weights_inside(model, checkpoint, pretrained)
         return _onnx(Path(model), shape, batch)
+    if isinstance(model, str) and model.startswith(REFMODEL):
+        from tvm_vitq.refmodels import load_model
+
+        _only_weights_inside(model, checkpoint, pretrained)
+        return _module(load_model(model.removeprefix(REFMODEL)), model, shape, batch, None)
     if isinstance(model, str):
         from tvm_vitq.frontend.timm_models import create
 
-        module = create(model, shape[-2:] if shape else None, checkpoint, pretrained)
+        module = create(model, (shape[-2], shape[-1]) if shape else None, checkpoint, pretrained)
         return _module(module, model, shape, batch, None)
     if isinstance(model, torch.export.ExportedProgram):
         _only_weights_inside("ExportedProgram", checkpoint, pretrained)
@@ -97,7 +105,7 @@ def _module(
     name: str,
     shape: tuple[int, ...] | None,
     batch: int,
-    checkpoint: str | Path | None,
+    checkpoint: str | PathLike[str] | None,
 ) -> FloatModel:
     import torch
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import timm
@@ -13,7 +13,7 @@ from tvm_vitq.frontend.checkpoints import load_into, read_checkpoint
 
 
 def create(
-    name: str, image: tuple[int, int] | None, checkpoint: str | Path | None, pretrained: bool
+    name: str, image: tuple[int, int] | None, checkpoint: str | PathLike[str] | None, pretrained: bool
 ) -> torch.nn.Module:
     """A timm model for images of the given height and width (default: the model's own) with its weights.
 

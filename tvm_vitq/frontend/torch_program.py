@@ -74,7 +74,10 @@ class ProgramImporter(ExportedProgramImporter):
     def owner(self, weight: fx.Node, node: fx.Node) -> str:
         """The layer that a weight belongs to; for a computed weight, the layer that uses it."""
         name = self.parameter_names.get(weight, "")
-        return name.rpartition(".")[0] if "." in name else layer_path(node)
+        for suffix in (".weight", "_weight"):  # "qkv.weight", but "in_proj_weight" of nn.MultiheadAttention
+            if name.endswith(suffix):
+                return name.removesuffix(suffix)
+        return name or layer_path(node)
 
     def emit(self, expr: Expr, name: str | None = None) -> Expr:
         return self.graph.emit(expr, self.block_builder.name if name is None else name)
