@@ -19,6 +19,8 @@ from tvm_vitq.plan import QuantPlan
 if TYPE_CHECKING:
     import tvm
 
+    from tvm_vitq.reference import Program
+
 FORMAT = "tvm-vitq model"
 FORMAT_VERSION = 1
 
@@ -57,6 +59,12 @@ class QuantizedModel:
 
         return float_islands(self.mod)
 
+    @cached_property
+    def _program(self) -> Program:
+        from tvm_vitq.reference import Program
+
+        return Program(self.mod)
+
     def reference(self, x: Any) -> Array:
         """Logits by NumPy: what every compiled library returns, bit for bit.
 
@@ -68,8 +76,6 @@ class QuantizedModel:
         ------
         VitqError : wrong shape or dtype, or a model with float operators.
         """
-        from tvm_vitq import reference
-
         images = np.asarray(x)
         if images.dtype != np.float32 or images.shape[1:] != self.input_shape[1:]:
             raise VitqError(
@@ -80,7 +86,7 @@ class QuantizedModel:
             )
         batch = self.input_shape[0]
         padded = np.concatenate([images, np.zeros((-len(images) % batch, *images.shape[1:]), np.float32)])
-        parts = [reference.run(self.mod, padded[i : i + batch]) for i in range(0, len(padded), batch)]
+        parts = [self._program(padded[i : i + batch]) for i in range(0, len(padded), batch)]
         return np.concatenate(parts)[: len(images)]
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,39 +69,88 @@ EXECUTE: dict[str, Callable[..., Array]] = {
 }
 
 
+@dataclass(frozen=True)
+class Step:
+    """One operator: results by name; operands that are None come from `slots`, then leave them if `last`."""
+
+    name: str
+    execute: Callable[..., Array]
+    constants: tuple[Array | None, ...]
+    slots: tuple[int, ...]
+    last: tuple[int, ...]
+    result: int
+
+    def __call__(self, values: list[Array | None]) -> None:
+        variables = iter([values[slot] for slot in self.slots])
+        values[self.result] = self.execute(*(next(variables) if c is None else c for c in self.constants))
+        for slot in self.last:
+            values[slot] = None
+
+
+class Program:
+    """An integer graph made ready to be run many times: what can be read from the graph once is read once.
+
+    Raises VitqError at a float operator: a model with float islands has no bit-exact reference.
+    """
+
+    def __init__(self, mod: tvm.IRModule) -> None:
+        graph = Dataflow(mod)
+        left = {v: len(uses) for v, uses in graph.uses.items()}
+        left[graph.result] = left.get(graph.result, 0) + 1
+        slots: dict[relax.Var, int] = {v: n for n, v in enumerate(graph.inputs)}
+        self.steps: list[Step] = []
+        for binding in graph.bindings:
+            value = binding.value
+            alias = isinstance(value, relax.Var)
+            operands = [value] if alias else data_operands(value)
+            variables = [o for o in operands if not is_constant(o)]
+            last = []
+            for variable in variables:
+                left[variable] -= 1
+                if left[variable] == 0:
+                    last.append(slots[variable])
+            slots[binding.var] = len(slots)
+            constants = tuple(value_of(o) if is_constant(o) else None for o in operands)
+            execute = _same if alias else _executor(binding)
+            read = tuple(slots[v] for v in variables)
+            self.steps.append(
+                Step(binding.var.name, execute, constants, read, tuple(last), slots[binding.var])
+            )
+        self.size = len(slots)
+        self.result = slots[graph.result]
+
+    def __call__(self, *inputs: Array, keep: dict[str, Array] | None = None) -> Array:
+        """Result for float32 inputs of the graph's static shapes; see `run`."""
+        values: list[Array | None] = [*inputs, *[None] * (self.size - len(inputs))]
+        for step in self.steps:
+            step(values)
+            if keep is not None:
+                keep[step.name] = values[step.result]  # type: ignore[assignment]
+        return values[self.result]  # type: ignore[return-value]
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+def _executor(binding: relax.VarBinding) -> Callable[..., Array]:
+    value = binding.value
+    if is_movement(value):
+        return lambda *arrays: np.ascontiguousarray(move(value, *arrays))
+    if op_name(value) in EXECUTE:
+        return partial(EXECUTE[op_name(value)], attrs(value))
+    raise VitqError(
+        "the NumPy reference runs integer operators only",
+        where=binding.var.name,
+        got=op_name(value),
+        fix="build with strict=True to refuse models with float operators",
+    )
+
+
 def run(mod: tvm.IRModule, *inputs: Array, keep: dict[str, Array] | None = None) -> Array:
     """Result of an integer graph's main for float32 inputs of its static shapes.
 
     Every intermediate result goes into `keep`, if given, under its variable name.
     Raises VitqError at a float operator: a model with float islands has no bit-exact reference.
     """
-    graph = Dataflow(mod)
-    left = {v: len(uses) for v, uses in graph.uses.items()}
-    values: dict[relax.Var, Array] = dict(zip(graph.inputs, inputs, strict=True))
-    for binding in graph.bindings:
-        value = binding.value
-        if isinstance(value, relax.Var):
-            values[binding.var] = values[value]
-            continue
-        operands = data_operands(value)
-        arrays = [value_of(o) if is_constant(o) else values[o] for o in operands]
-        if is_movement(value):
-            result = np.ascontiguousarray(move(value, *arrays))
-        elif op_name(value) in EXECUTE:
-            result = EXECUTE[op_name(value)](attrs(value), *arrays)
-        else:
-            raise VitqError(
-                "the NumPy reference runs integer operators only",
-                where=binding.var.name,
-                got=op_name(value),
-                fix="build with strict=True to refuse models with float operators",
-            )
-        values[binding.var] = result
-        if keep is not None:
-            keep[binding.var.name] = result
-        for operand in operands:
-            if isinstance(operand, relax.Var):
-                left[operand] -= 1
-                if left[operand] == 0:
-                    del values[operand]
-    return values[graph.result]
+    return Program(mod)(*inputs, keep=keep)
