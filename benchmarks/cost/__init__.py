@@ -1,0 +1,1 @@
+"""The processes that benchmarks/build_cost.py watches."""
