@@ -12,8 +12,8 @@ The library is then loaded by several fresh processes in which torch, torchvisio
 "first answer" runs from starting the process to its first logits, which must be those of the building
 process, bit for bit; medians.
 
-Times are wall times. Beside them stand the processor time, all cores together, and the share of all cores that
-other processes took meanwhile: above a few percent, wall time says more about those.
+Times are wall times. Beside them stand the processor time, all cores together, and the share of all cores
+that other processes took meanwhile: above a few percent, wall time says more about those.
 """
 
 from __future__ import annotations
