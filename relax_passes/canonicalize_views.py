@@ -1,6 +1,7 @@
 """Data movement to reshape, permute_dims, strided_slice, take and concat, every chain as short as it can be.
 
-Slices move up through views to the tensor that they cut: q, k and v become column ranges of their joint projection.
+Slices move up through views to the tensor that they cut: q, k and v become column ranges of their joint
+projection.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ class CanonicalizeViews(Rewriter):
         for part in call.args[0].fields:
             shape = shape_of(part)
             parts.append(self.view(part, Step("reshape", (*shape[:axis], 1, *shape[axis:])), name))
-        joined = relax.op.concat(parts, axis=axis, mode="clip")
+        joined = relax.op.concat(parts, axis=axis)
         return self.emit(joined, f"{layer_of(name)}:concat")
 
     def pad(self, call: Call, name: str) -> Expr | None:

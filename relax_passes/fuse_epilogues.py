@@ -1,19 +1,23 @@
 """Fuses what follows a linear layer into it: the function table, or the residual addition.
 
 ``int_lookup(int_linear(x), table)  -->  fused_linear(x, ..., table)``
-``int_add(int_linear(x), residual)  -->  fused_linear(x, ..., residual)``, also if the layer's result was reshaped
+``int_add(move(int_linear(x)), residual)  -->  fused_linear(move(x), ..., residual)``
 
-The sums then never leave the registers as anything but the layer's final result.
+where `move` only reorders rows (reshape, window reverse, roll): a linear layer works row by row, and moving its 8-bit
+input is cheaper than moving its wide result. The sums then leave the registers as the layer's final result.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import tvm
+from tvm import relax
 from tvm.ir import Call, Expr
-from tvm_vitq.relax_passes.rewriter import Rewriter, is_constant
+from tvm_vitq.relax_passes.rewriter import Rewriter, constant, is_constant
 
+from tvm_vitq.graph import data_operands, is_movement, positions, rows_moved
 from tvm_vitq.ops import attrs, call, op_name, shape_of
 
 
@@ -25,29 +29,46 @@ def fuse_epilogues(mod: tvm.IRModule) -> tvm.IRModule:
 class _Fuser(Rewriter):
     def rewrite(self, node: Call, name: str) -> Expr | None:
         if op_name(node) == "vitq.int_lookup":
-            linear = self.only_reader(node.args[0])
-            return None if linear is None else _fused(linear, "lookup", node.args[1])
+            linear, path = self.layer_behind(node.args[0])
+            return _fused(linear, linear.args[0], "lookup", node.args[1]) if linear is not None and not path else None
         if op_name(node) == "vitq.int_add":
             for own, other in (node.args, reversed(node.args)):
-                linear = self.only_reader(own)
-                same_size = math.prod(shape_of(own)) == math.prod(shape_of(other)) == math.prod(shape_of(node))
-                if linear is not None and same_size and not is_constant(other) and attrs(linear)["out_dtype"] == "int32":
-                    return _fused(linear, "residual", other)
+                fused = self.residual(own, other, node, name)
+                if fused is not None:
+                    return fused
         return None
 
-    def only_reader(self, expr: Expr) -> Call | None:
-        """The int_linear behind `expr` and any reshapes, if nothing else reads it."""
+    def residual(self, own: Expr, other: Expr, node: Call, name: str) -> Expr | None:
+        """The sum of a layer's moved result `own` and `other` as one operator, if shapes and movements allow it."""
+        linear, path = self.layer_behind(own)
+        size = math.prod(shape_of(node))
+        if linear is None or is_constant(other) or attrs(linear)["out_dtype"] != "int32":
+            return None
+        if size != math.prod(shape_of(own)) or size != math.prod(shape_of(other)):
+            return None
+        rows = rows_moved(positions(path, shape_of(linear)), shape_of(linear)[-1])
+        if rows is None:
+            return None
+        x = linear.args[0]
+        if not np.array_equal(rows, np.arange(len(rows))):
+            flat = self.emit(relax.op.reshape(x, (-1, shape_of(x)[-1])), f"{name}_flat")
+            x = self.emit(relax.op.take(flat, constant(rows), axis=0, mode="clip"), f"{name}_rows")
+        return _fused(linear, x, "residual", other)
+
+    def layer_behind(self, expr: Expr) -> tuple[Call | None, list[Call]]:
+        """The int_linear behind `expr` and the movements in between, in order, if nothing else reads any of them."""
+        path: list[Call] = []
         while self.readers(expr) == 1:
-            linear = self.call_of(expr, "vitq.int_linear")
-            if linear is not None:
-                return linear
-            reshape = self.call_of(expr, "relax.reshape")
-            if reshape is None:
-                return None
-            expr = reshape.args[0]
-        return None
+            node = self.definition(expr)
+            if op_name(node) == "vitq.int_linear":
+                return node, path[::-1]
+            if not is_movement(node) or len(data_operands(node)) != 1:
+                break
+            path.append(node)
+            expr = data_operands(node)[0]
+        return None, []
 
 
-def _fused(linear: Call, epilogue: str, extra: Expr) -> Call:
+def _fused(linear: Call, x: Expr, epilogue: str, extra: Expr) -> Call:
     args = list(linear.args)
-    return call("vitq.fused_linear", [*args[:5], extra, *args[5:]], epilogue=epilogue, **attrs(linear))
+    return call("vitq.fused_linear", [x, *args[1:5], extra, *args[5:]], epilogue=epilogue, **attrs(linear))

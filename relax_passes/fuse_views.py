@@ -18,9 +18,9 @@ import numpy as np
 import tvm
 from tvm import relax
 from tvm.ir import Call, Expr, Var
-from tvm_vitq.relax_passes.rewriter import Rewriter
+from tvm_vitq.relax_passes.rewriter import Rewriter, constant
 
-from tvm_vitq.graph import data_operands, is_movement, move
+from tvm_vitq.graph import data_operands, is_movement, positions, rows_moved
 from tvm_vitq.numerics import Array
 from tvm_vitq.ops import attrs, call, op_name, shape_of
 
@@ -41,14 +41,6 @@ class MatrixView:
 def fuse_views(mod: tvm.IRModule) -> tvm.IRModule:
     """See the module; integer graph to integer graph."""
     return tvm.IRModule({"main": _Fuser().transform(mod["main"])})
-
-
-def positions(path: list[Call], source_shape: list[int]) -> Array:
-    """Where each element behind `path` lies in the flat source."""
-    index = np.arange(math.prod(source_shape), dtype=np.int64).reshape(source_shape)
-    for step in path:
-        index = move(step, index)
-    return index
 
 
 def matrix_view(index: Array, size: int) -> MatrixView | None:
@@ -87,14 +79,23 @@ class _Fuser(Rewriter):
             expr = data_operands(node)[0]
 
     def collapse(self, node: Call, name: str) -> Expr | None:
-        """A chain of movements that restores the order of its source becomes a reshape of the source."""
+        """A chain of movements that restores the order of its source becomes a reshape of the source; one that only
+        reorders rows, in several steps (a shifted window partition), becomes one gather of rows."""
         source, path = self.origin(data_operands(node)[0])
-        if not isinstance(source, Var) or not path or math.prod(shape_of(node)) != math.prod(shape_of(source)):
+        if not isinstance(source, Var) or not path:
             return None
-        index = positions([*path, node], shape_of(source)).reshape(-1)
-        if np.array_equal(index, np.arange(index.size)):
+        path.append(node)
+        width = shape_of(source)[-1]
+        index = positions(path, shape_of(source)).reshape(-1)
+        if index.size == math.prod(shape_of(source)) and np.array_equal(index, np.arange(index.size)):
             return relax.op.reshape(source, tuple(shape_of(node)))
-        return None
+        copies = sum(op_name(step) != "relax.reshape" for step in path)
+        rows = rows_moved(index, width) if copies >= 2 else None
+        if rows is None:
+            return None
+        flat = self.emit(relax.op.reshape(source, (-1, width)), f"{name}_flat")
+        gathered = self.emit(relax.op.take(flat, constant(rows), axis=0, mode="clip"), f"{name}_rows")
+        return relax.op.reshape(gathered, tuple(shape_of(node)))
 
     def attention(self, node: Call, name: str) -> Expr:
         operands, views = zip(*(self.view(operand, name) for operand in node.args[:3]), strict=True)

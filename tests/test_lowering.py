@@ -84,6 +84,27 @@ def test_a_broadcast_residual_is_not_fused():
     assert names(fused) == ["vitq.int_linear", "vitq.int_add"]
 
 
+def test_a_row_permutation_moves_in_front_of_the_layer():
+    def emit(b, x, r):
+        y = b.emit(linear(x, 8, "int32"))
+        for step in (relax.op.reshape, None):
+            y = b.emit(step(y, (2, 2, 3, 8)) if step else relax.op.permute_dims(y, [0, 2, 1, 3]))
+        return ops.call("vitq.int_add", [b.emit(relax.op.reshape(y, (12, 8))), r], out_dtype="int32")
+
+    mod = graph(emit, ("x", (12, 16), "int8"), ("r", (12, 8), "int32"))
+    fused = fuse_epilogues(mod)
+    assert names(fused) == ["relax.reshape", "relax.take", "vitq.fused_linear"]
+
+
+def test_a_permutation_of_channels_stays():
+    def emit(b, x, r):
+        y = b.emit(relax.op.permute_dims(b.emit(linear(x, 12, "int32")), [1, 0]))
+        return ops.call("vitq.int_add", [y, r], out_dtype="int32")
+
+    fused = fuse_epilogues(graph(emit, ("x", (12, 16), "int8"), ("r", (12, 12), "int32")))
+    assert names(fused) == ["vitq.int_linear", "relax.permute_dims", "vitq.int_add"]
+
+
 def attention_on_qkv(batch=2, tokens=5, heads=3, depth=8):
     """Attention on a [B, T, 3HD] matrix in timm's order of movements, and the movements behind it."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,3 +151,20 @@ def columns_read(path: tuple[relax.Call, ...], shape: list[int]) -> Array:
     for call in path:
         columns = move(call, columns)
     return columns
+
+
+def positions(path: Iterable[relax.Call], source_shape: list[int]) -> Array:
+    """Where each element behind `path` lies in the flat source."""
+    index = np.arange(math.prod(source_shape), dtype=np.int64).reshape(source_shape)
+    for step in path:
+        index = move(step, index)
+    return index
+
+
+def rows_moved(index: Array, width: int) -> Array | None:
+    """Source rows in their new order, if positions `index` only move whole rows of `width` elements, else None."""
+    flat = index.reshape(-1)
+    if flat.size % width:
+        return None
+    rows = flat[::width] // width
+    return rows if np.array_equal(flat.reshape(-1, width), rows[:, None] * width + np.arange(width)) else None
