@@ -1,4 +1,4 @@
-"""Elementwise arithmetic in few forms: constants on the right, no division or subtraction of constants, no no-ops.
+"""Elementwise arithmetic in few forms: constants on the right, no division by constants, no no-ops.
 
 Operators on constants alone are evaluated here, in NumPy.
 """
@@ -112,12 +112,12 @@ class CanonicalizeArithmetic(Rewriter):
     def kept(
         op: Callable[[Expr, Expr], Call], x: Expr, value: np.ndarray | np.float32, call: Call
     ) -> Call | None:
-        """`call` itself when it has this very form already; Relax keeps the constant rather than a copy of it."""
+        """None where `call` has this very form already, so that its constant is not copied."""
         same_form = op_name(call) == op(x, x).op.name and x.same_as(call.args[0])
         return None if same_form else op(x, constant(np.asarray(value, dtype="float32")))
 
     def distribute(self, concat: Call, value: np.ndarray, name: str) -> Expr | None:
-        """concat(c, x) + value = concat(c + value', x + value''): class tokens take their position at build time."""
+        """concat(c, x) + value = concat(c + value', x + value''): tokens get their position at build time."""
         parts, axis = list(concat.args[0].fields), int(concat.attrs["axis"])
         rank = len(shape_of(parts[0]))
         axis %= rank

@@ -24,7 +24,7 @@ from tvm_vitq.relax_passes.rewriter import (
 )
 
 MASKED = np.float32(-1e4)
-"""What replaces an infinite mask: exp of it is zero in float32 beside any score, and it has a fixed-point form."""
+"""In place of an infinite mask: its exp is zero beside any score, and it has a fixed-point form."""
 
 SAFE_SOFTMAX = ("relax.equal", "relax.logical_not", "relax.any", "relax.max", "relax.astype", "relax.isinf")
 MOVES = ("relax.reshape", "relax.permute_dims", "relax.strided_slice")
@@ -82,7 +82,7 @@ class CanonicalizeAttention(Rewriter):
         return relax.op.reshape(mixed, shape_of(call))
 
     def weights(self, expr: Expr) -> tuple[str, Expr] | None:
-        """The kind of attention and the scores under it; reshapes of leading axes and dead tails are looked through."""
+        """The kind of attention and the scores under it, looking through reshapes of leading axes."""
         inner = self.definition(expr)
         if op_name(inner) == "relax.reshape" and shape_of(inner)[-2:] == shape_of(inner.args[0])[-2:]:
             return self.weights(inner.args[0])
@@ -96,7 +96,7 @@ class CanonicalizeAttention(Rewriter):
         return None
 
     def behind_safe_tail(self, call: Call) -> tuple[str, Expr] | None:
-        """where(no key is allowed, 0, softmax(s)) is softmax(s) unless some row of the mask is -inf throughout."""
+        """where(no key is allowed, 0, softmax(s)) is softmax(s) unless some row is masked throughout."""
         condition, first, second = call.args
         for zero, other in ((first, second), (second, first)):
             found = self.weights(other) if is_constant(zero) and not np.any(value_of(zero)) else None
@@ -190,7 +190,7 @@ def four_axes(lead: list[int]) -> list[int]:
 
 
 def spread(value: np.ndarray, shape: list[int], target: list[int]) -> np.ndarray:
-    """A constant that broadcasts to `shape`, as one that broadcasts to `target`, another grouping of leading axes."""
+    """A constant that broadcasts to `shape` as one that broadcasts to `target`, with other leading axes."""
     value = value.reshape((1,) * (len(shape) - value.ndim) + value.shape)
     if shape == target or all(s == 1 for s in value.shape[:-2]):
         return value.reshape((1,) * (len(target) - 2) + value.shape[-2:]) if shape != target else value
@@ -198,7 +198,7 @@ def spread(value: np.ndarray, shape: list[int], target: list[int]) -> np.ndarray
 
 
 def additive_terms(found: list[np.ndarray], lead: list[int], kind: str) -> list[np.ndarray]:
-    """The additive constants with four axes, equal for all heads or for all windows where that is what they are."""
+    """The additive constants with four axes, kept as one per head or one per window where they are that."""
     terms: list[np.ndarray] = []
     for value in found:
         value = np.maximum(value, MASKED)
@@ -218,10 +218,10 @@ def additive_terms(found: list[np.ndarray], lead: list[int], kind: str) -> list[
 
 
 def factored(value: np.ndarray) -> list[np.ndarray]:
-    """[windows, heads, T, T] as a mask per window plus a bias per head, where it is such a sum up to rounding.
+    """[windows, heads, T, T] as a mask per window plus a bias per head, where it is such a sum.
 
-    torch hands over the sum of Swin's window mask and relative position bias; kept apart they are windows + heads
-    matrices instead of windows * heads.
+    torch hands over the sum of Swin's window mask and relative position bias; kept apart they are windows +
+    heads matrices instead of windows * heads.
     """
     windows, heads = value.shape[:2]
     if windows == 1 or heads == 1:

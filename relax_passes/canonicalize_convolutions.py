@@ -1,4 +1,4 @@
-"""Convolutions that are matmuls, patch embeddings, patch merging and 1x1, to `vitq.linear` on the last axis."""
+"""Convolutions that are matmuls, patch embeddings, patch merging and 1x1, to `vitq.linear`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CanonicalizeConvolutions(Rewriter):
         return self.emit(relax.op.permute_dims(y, [0, 3, 1, 2]), f"{site}:permute")
 
     def rows(self, x: Expr, kernel: list[int], strides: list[int], grid: list[int], name: str) -> Expr:
-        """[B, C, H, W] as [B, rows, columns, C * kh * kw], one row per output position; the remainder is cropped."""
+        """[B, C, H, W] as [B, rows, columns, C * kh * kw], one row per output; the remainder is cropped."""
         batch, channels, *size = shape_of(x)
         layer = layer_of(name)
         if kernel == [1, 1] and strides != [1, 1]:

@@ -44,7 +44,7 @@ class CanonicalizeLayerNorms(Rewriter):
         return None
 
     def written_out(self, centred: Expr, spread: Expr, operator: str) -> tuple[Expr, float] | None:
-        """x and eps of (x - mean(x)) / sqrt(variance(x) + eps), or times rsqrt; gamma and beta are folded later."""
+        """x and eps of (x - mean(x)) / sqrt(variance(x) + eps); gamma and beta are folded in later."""
         difference = self.call_of(centred, "relax.subtract")
         root = self.call_of(spread, "relax.sqrt" if operator == "relax.divide" else "relax.rsqrt")
         if difference is None or root is None:

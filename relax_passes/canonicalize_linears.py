@@ -26,7 +26,8 @@ class CanonicalizeLinears(Rewriter):
         value = value_of(call.args[1])
         if value.ndim < 2 or len(shape_of(call)) != len(shape_of(call.args[0])):
             return None
-        weights = value.reshape(-1, *value.shape[-2:])  # decomposed programs repeat the weight for every image
+        # decomposed programs repeat the weight for every image
+        weights = value.reshape(-1, *value.shape[-2:])
         if not (weights == weights[:1]).all():
             return None
         weight = constant(weights[0].T)

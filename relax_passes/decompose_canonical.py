@@ -1,4 +1,4 @@
-"""The canonical float operators back to Relax's own, for running a float graph, or the float part of one, with TVM."""
+"""The canonical float operators back to Relax's own, for running a float graph with TVM."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Per-channel multiplies and adds folded into the linear, convolution or LayerNorm beside them.
 
-LayerScale, inference batch norm, conv biases, averaged heads and affine layers all vanish here. A producer that has
-other readers is left alone: folding would compute it twice.
+LayerScale, inference batch norm, conv biases, averaged heads and affine layers all vanish here. A producer
+that has other readers is left alone: folding would compute it twice.
 """
 
 from __future__ import annotations

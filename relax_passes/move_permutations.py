@@ -1,7 +1,7 @@
 """Row permutations go above linears, transposes go below elementwise operators.
 
-Window reverse and roll leave the projection and its residual add adjacent; channel-first 1x1 convolutions lose the
-transposes between them.
+Window reverse and roll leave the projection and its residual add adjacent; channel-first 1x1 convolutions
+lose the transposes between them.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ OWN_SITE = ("vitq.attention", "vitq.linear", "vitq.layer_norm", "vitq.activation
 
 
 class NameBindings(Rewriter):
-    """Operators of ours are called like their layer, all others ``<layer>.<operator>``; repeats get a number."""
+    """Operators of ours are called like their layer, others ``<layer>.<operator>``, repeats numbered."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,8 +29,8 @@ class NameBindings(Rewriter):
 
     def transform(self, function: relax.Function) -> relax.Function:
         bindings = [b for block in function.body.blocks for b in block.bindings]
-        # Layers first, so that a matmul keeps its module path whatever stands before it; among the operators of one
-        # layer attention first, as a projection that is no module of its own is part of it.
+        # Layers first, so that a matmul keeps its module path whatever stands before it. Attention first among
+        # the operators of one layer: a projection that is no module of its own is part of it.
         sites: dict[Var, str] = {}
         for rank in (("vitq.attention",), OWN_SITE[1:]):
             for binding in bindings:

@@ -1,17 +1,18 @@
 """What the canonicalization passes share: building one dataflow block, and rewriting one call at a time.
 
-Until `name_bindings` gives the final names, a variable is called ``<module path>:<operator>``; the part before the
-colon is the layer that the value comes from. Variables are told apart by identity, names may repeat.
+Until `name_bindings` gives the final names, a variable is called ``<module path>:<operator>``; the part
+before the colon is the layer that the value comes from. Variables are told apart by identity, names may
+repeat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.ir import Call, Expr, GenericConst, Op, Var
+from tvm.ir import Call, Expr, GenericConst, Var
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.ops import op_name, shape_of
@@ -53,7 +54,7 @@ def int_list(values: Expr | Sequence[int]) -> list[int]:
 
 
 class GraphBuilder:
-    """The bindings of one dataflow block under construction, with the definition of every variable at hand."""
+    """The bindings of one dataflow block under construction, with every definition at hand."""
 
     def __init__(self) -> None:
         self._block = relax.BlockBuilder()
@@ -61,7 +62,7 @@ class GraphBuilder:
         self._definitions: dict[Var, Expr] = {}
 
     def emit(self, expr: Expr, name: str = "") -> Expr:
-        """Bind `expr` to a new variable named `name` and return it; variables and constants come back unchanged."""
+        """Bind `expr` to a new variable and return it; variables and constants come back as they are."""
         if isinstance(expr, Var) or is_constant(expr):
             return expr
         if isinstance(expr, Call):
@@ -134,8 +135,9 @@ def variables(expr: Expr) -> list[Var]:
 class Rewriter(GraphBuilder):
     """One forward walk over ``main``; subclasses override `rewrite`.
 
-    A pattern is matched at its last operator, looking back through `definition`. What a match no longer needs is
-    dropped when the function is put together, so an intermediate value that has another reader simply stays.
+    A pattern is matched at its last operator, looking back through `definition`. What a match no longer
+    needs is dropped when the function is put together, so an intermediate value that has another reader
+    simply stays.
     """
 
     def __init__(self) -> None:
@@ -144,7 +146,7 @@ class Rewriter(GraphBuilder):
         self._readers: dict[Var, int] = {}
 
     def rewrite(self, call: Call, name: str) -> Expr | None:
-        """A replacement for `call`, whose arguments are already those of the new graph, or None to keep it."""
+        """A replacement for `call`, whose arguments are those of the new graph, or None to keep it."""
         raise NotImplementedError
 
     def readers(self, expr: Expr) -> int:
@@ -216,17 +218,3 @@ def broadcast_vector(expr: Expr, axis: int, size: int) -> np.ndarray | None:
     if len(shape) < -axis or shape[axis] != size or int(np.prod(shape)) != size:
         return None
     return value_of(expr).reshape(size)
-
-
-def binary(call: Call, match: Callable[[Expr], bool]) -> tuple[Expr, Expr] | None:
-    """The operands of a commutative call as (other, matching), or None if neither operand matches."""
-    left, right = call.args
-    if match(right):
-        return left, right
-    return (right, left) if match(left) else None
-
-
-__all__ = [
-    "Call", "Expr", "GenericConst", "GraphBuilder", "Op", "Rewriter", "Var", "binary", "broadcast_vector", "constant",
-    "int_list", "is_constant", "layer_of", "rewriting_pass", "scalar_of", "value_of", "variables",
-]  # fmt: skip

@@ -1,7 +1,8 @@
 """Chains of reshape and permute as one permutation of atoms, so that any chain has one short normal form.
 
-Every axis is a product of atoms, outermost first. A reshape splits atoms and regroups them, a permute reorders groups;
-afterwards atoms that are neighbours before and after belong together again. Axes of size one have no atoms.
+Every axis is a product of atoms, outermost first. A reshape splits atoms and regroups them, a permute
+reorders groups; afterwards atoms that are neighbours before and after belong together again. Axes of size
+one have no atoms.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class AxisMap:
         return first, second
 
     def slice(self, axis: int, begin: int, end: int) -> tuple[int, int, int, AxisMap] | None:
-        """Where result[begin:end] along `axis` lies in the source: (axis, begin, end, map from that part), or None.
+        """Where result[begin:end] along `axis` lies in the source: (axis, begin, end, map), or None.
 
         That is possible where the sliced atom is the outermost of its source axis.
         """

@@ -1,4 +1,4 @@
-"""What the frontend tests share: small models, evaluation of canonical graphs by TVM, and structural questions."""
+"""What the frontend tests share: small models, evaluation by TVM, structural questions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def calls(model: FloatModel, operator: str) -> dict[str, Any]:
 
 
 def check(
-    module: nn.Module | str | Path, shape: tuple[int, ...], torch_module: nn.Module | None = None, **options: Any
+    module: nn.Module | str | Path,
+    shape: tuple[int, ...],
+    torch_module: nn.Module | None = None,
+    **options: Any,
 ) -> FloatModel:
     """Import, compare with torch, and require that nothing but the canonical vocabulary is left."""
     model = import_model(module, input_shape=shape, **options)

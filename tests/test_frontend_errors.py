@@ -114,7 +114,9 @@ def test_checkpoints(tmp_path: Path) -> None:
     module = Tiny()
     state = {k: v + 1 for k, v in module.state_dict().items()}
     save_file(state, tmp_path / "good.safetensors")
-    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, tmp_path / "good.pth")
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, tmp_path / "good.pth"
+    )
     for name in ("good.safetensors", "good.pth"):
         model = import_model(module, input_shape=SHAPE, checkpoint=tmp_path / name)
         assert (value_of(calls(model, "vitq.linear")["fc"].args[1]) == state["fc.weight"].numpy()).all()
@@ -132,7 +134,13 @@ def test_checkpoints(tmp_path: Path) -> None:
         ("cut.safetensors", "cannot be read", "truncated"),
         ("cut.pth", "cannot be read", "truncated"),
         ("list.pt", "no weights"),
-        ("other.safetensors", "does not fit", "missing fc.bias", "unexpected extra", "[5, 12] instead of [4, 12]"),
+        (
+            "other.safetensors",
+            "does not fit",
+            "missing fc.bias",
+            "unexpected extra",
+            "[5, 12] instead of [4, 12]",
+        ),
     ):
         refused(name, *parts, model=module, input_shape=SHAPE, checkpoint=tmp_path / name)
 

@@ -24,8 +24,13 @@ def test_deit_canonical_form() -> None:
     module = small("deit_tiny_patch16_224", img_size=48, **NARROW)
     model = check(module, (2, 3, 48, 48))
     assert set(calls(model, "vitq.linear")) == {
-        "patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "head",
-    }  # fmt: skip
+        "patch_embed.proj",
+        "blocks.0.attn.qkv",
+        "blocks.0.attn.proj",
+        "blocks.0.mlp.fc1",
+        "blocks.0.mlp.fc2",
+        "head",
+    }
     assert set(calls(model, "vitq.attention")) == {"blocks.0.attn"}
     attention = attrs(calls(model, "vitq.attention")["blocks.0.attn"])
     assert attention["kind"] == "softmax" and attention["scale"] == pytest.approx(8**-0.5)
@@ -46,7 +51,13 @@ def test_deit_canonical_form() -> None:
         ("vit_base_patch32_224", {"img_size": 64, "qk_norm": True}, (64, 64)),
         (
             "vit_tiny_patch16_224",
-            {"img_size": (18, 30), "patch_size": 6, "qkv_bias": False, "class_token": False, "global_pool": "avg"},
+            {
+                "img_size": (18, 30),
+                "patch_size": 6,
+                "qkv_bias": False,
+                "class_token": False,
+                "global_pool": "avg",
+            },
             (18, 30),
         ),
         ("beit_base_patch16_224", {"img_size": 48}, (48, 48)),
@@ -68,11 +79,17 @@ def test_vision_transformers(name: str, options: dict[str, Any], size: tuple[int
 
 def test_swin_windows() -> None:
     module = small(
-        "swin_tiny_patch4_window7_224", img_size=56, depths=(2, 1), embed_dim=12, num_heads=(2, 4), num_classes=5
+        "swin_tiny_patch4_window7_224",
+        img_size=56,
+        depths=(2, 1),
+        embed_dim=12,
+        num_heads=(2, 4),
+        num_classes=5,
     )
     model = check(module, (1, 3, 56, 56))
+    # bias per head, mask per window
     shifted = calls(model, "vitq.attention")["layers.0.blocks.1.attn"]
-    assert [shape_of(a) for a in shifted.args[3:]] == [[1, 2, 49, 49], [4, 1, 49, 49]]  # bias per head, mask per window
+    assert [shape_of(a) for a in shifted.args[3:]] == [[1, 2, 49, 49], [4, 1, 49, 49]]
     # window reverse and roll went above the projection: it is added to the residual as it is
     added = [a.name for call in calls(model, "relax.add").values() for a in call.args if hasattr(a, "name")]
     for block in ("layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0"):
@@ -92,7 +109,12 @@ def test_float_islands_still_compute() -> None:
 
     module = lively(
         PyramidVisionTransformerV2(
-            num_classes=5, depths=(1, 1), embed_dims=(8, 16), num_heads=(1, 2), sr_ratios=(2, 1), mlp_ratios=(2, 2)
+            num_classes=5,
+            depths=(1, 1),
+            embed_dims=(8, 16),
+            num_heads=(1, 2),
+            sr_ratios=(2, 1),
+            mlp_ratios=(2, 2),
         )
     )
     model = import_model(module, input_shape=(3, 32, 32))
@@ -104,7 +126,15 @@ def test_batch_norm_and_one_by_one_convolutions_vanish() -> None:
     from timm.models.levit import Levit
 
     module = lively(
-        Levit(img_size=32, num_classes=5, embed_dim=(16, 24), key_dim=8, depth=(1, 1), num_heads=(1, 2), mlp_ratio=2)
+        Levit(
+            img_size=32,
+            num_classes=5,
+            embed_dim=(16, 24),
+            key_dim=8,
+            depth=(1, 1),
+            num_heads=(1, 2),
+            mlp_ratio=2,
+        )
     )
     model = import_model(module, input_shape=(3, 32, 32))
     assert set(float_islands(model.mod)) == {"relax.nn.conv2d"}

@@ -127,7 +127,9 @@ def test_forms_of_attention() -> None:
 
 
 def test_decomposed_program_gives_the_same_graph() -> None:
-    module = net(SplitScales(), BooleanMask(), nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU()))
+    module = net(
+        SplitScales(), BooleanMask(), nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU())
+    )
     program = torch.export.export(module, (torch.zeros(IMAGE),)).run_decompositions()
     model = check(program, IMAGE, torch_module=module)  # type: ignore[arg-type]
     assert operators(model)["vitq.attention"] == 2 and operators(model)["vitq.layer_norm"] == 1
@@ -159,7 +161,9 @@ class Written(nn.Module):
 
 FORMS = {
     "gelu": lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))),
-    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3)))),
+    "gelu_tanh": lambda x: (
+        0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3))))
+    ),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "silu": lambda x: x * x.sigmoid(),
     "hardswish": lambda x: x * F.relu6(x + 3) / 6,

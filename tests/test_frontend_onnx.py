@@ -27,7 +27,11 @@ def model() -> torch.nn.Module:
 
 def export(module: torch.nn.Module, path: Path, modern: bool) -> Path:
     """The torch.export exporter, or the older one at an opset that has neither LayerNorm nor GELU."""
-    extra = {"dynamo": True, "external_data": False, "verbose": False} if modern else {"dynamo": False, "opset_version": 14}
+    extra = (
+        {"dynamo": True, "external_data": False, "verbose": False}
+        if modern
+        else {"dynamo": False, "opset_version": 14}
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(module, (torch.zeros(SHAPE),), path, **extra)
@@ -40,8 +44,13 @@ def test_exported_vit(tmp_path: Path, modern: bool) -> None:
     found = check(export(module, tmp_path / "vit.onnx", modern), SHAPE, torch_module=module)
     assert found.name == "vit" and found.input_shape == SHAPE
     assert set(calls(found, "vitq.linear")) == {
-        "patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "head",
-    }  # fmt: skip
+        "patch_embed.proj",
+        "blocks.0.attn.qkv",
+        "blocks.0.attn.proj",
+        "blocks.0.mlp.fc1",
+        "blocks.0.mlp.fc2",
+        "head",
+    }
     assert set(calls(found, "vitq.attention")) == {"blocks.0.attn"}
     assert operators(found)["vitq.layer_norm"] == 3 and operators(found)["vitq.activation"] == 1
 

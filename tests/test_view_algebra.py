@@ -6,7 +6,16 @@ import numpy as np
 
 from tvm_vitq.relax_passes.view_algebra import AxisMap, Step
 
-SHAPES = [(2, 12, 6), (1, 4, 6, 6), (24, 6), (2, 3, 4, 1, 6), (144,), (4, 3, 2, 6), (1, 12, 1, 12), (2, 2, 6, 6)]
+SHAPES = [
+    (2, 12, 6),
+    (1, 4, 6, 6),
+    (24, 6),
+    (2, 3, 4, 1, 6),
+    (144,),
+    (4, 3, 2, 6),
+    (1, 12, 1, 12),
+    (2, 2, 6, 6),
+]
 
 
 def apply(array: np.ndarray, steps: list[Step]) -> np.ndarray:
@@ -16,7 +25,9 @@ def apply(array: np.ndarray, steps: list[Step]) -> np.ndarray:
 
 
 def random_chain(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, AxisMap | None]:
-    """A source of distinct numbers, the chain's result, and its map (None where sizes do not refine each other)."""
+    """A source of distinct numbers, the chain's result, and its map (None where sizes do not refine each
+    other).
+    """
     source = np.arange(144).reshape(SHAPES[rng.integers(len(SHAPES))])
     result, mapped = source, AxisMap(list(source.shape))
     for _ in range(count):

@@ -23,19 +23,30 @@ from tvm_vitq.relax_passes.name_bindings import name_bindings
 
 CANONICAL = frozenset(
     {
-        "vitq.linear", "vitq.layer_norm", "vitq.activation", "vitq.attention", "vitq.mean",
-        "relax.reshape", "relax.permute_dims", "relax.strided_slice", "relax.concat", "relax.take", "relax.broadcast_to",
-        "relax.add", "relax.multiply",
+        "vitq.linear",
+        "vitq.layer_norm",
+        "vitq.activation",
+        "vitq.attention",
+        "vitq.mean",
+        "relax.reshape",
+        "relax.permute_dims",
+        "relax.strided_slice",
+        "relax.concat",
+        "relax.take",
+        "relax.broadcast_to",
+        "relax.add",
+        "relax.multiply",
     }
-)  # fmt: skip
+)
 """Operators that quantization knows; anything else stays in float and is reported."""
 
 
 def canonicalization() -> list[tvm.transform.Pass]:
     """The passes from an importer's output to the canonical graph, in order.
 
-    Operators are recognized first, then attention, which needs the views around it in normal form; the rest moves and
-    folds until the pieces that belong together are adjacent, and a second round uses what the first one opened up.
+    Operators are recognized first, then attention, which needs the views around it in normal form; the rest
+    moves and folds until the pieces that belong together are adjacent, and a second round uses what the
+    first one opened up.
     """
     settle = [
         canonicalize_views(),

@@ -41,8 +41,10 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, torch.Tensor]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise VitqError(
             "checkpoint file cannot be read: truncated, damaged, or more than plain weights",
-            where=path, got=reason, fix="copy it again, or save model.state_dict() alone",
-        ) from error  # fmt: skip
+            where=path,
+            got=reason,
+            fix="copy it again, or save model.state_dict() alone",
+        ) from error
     for key in WRAPPERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -56,8 +58,10 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, torch.Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items()}
 
 
-def fit(module: torch.nn.Module, state: dict[str, torch.Tensor], path: str | PathLike[str]) -> dict[str, torch.Tensor]:
-    """`state` converted to the module's own layout where timm knows how; refuses keys and shapes that do not fit."""
+def fit(
+    module: torch.nn.Module, state: dict[str, torch.Tensor], path: str | PathLike[str]
+) -> dict[str, torch.Tensor]:
+    """`state` in the module's own layout where timm knows how; refuses keys and shapes that do not fit."""
     filter_fn = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
     if misfits(module, state) and filter_fn is not None:
         try:
@@ -69,9 +73,12 @@ def fit(module: torch.nn.Module, state: dict[str, torch.Tensor], path: str | Pat
     found = misfits(module, state)
     if found:
         raise VitqError(
-            "checkpoint does not fit the model", where=path, got=_shortened(found),
-            expected=f"the weights of {type(module).__name__}", fix="name the model that the checkpoint was trained as",
-        )  # fmt: skip
+            "checkpoint does not fit the model",
+            where=path,
+            got=_shortened(found),
+            expected=f"the weights of {type(module).__name__}",
+            fix="name the model that the checkpoint was trained as",
+        )
     return state
 
 

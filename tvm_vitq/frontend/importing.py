@@ -31,17 +31,18 @@ def import_model(
 
     Parameters
     ----------
-    model : a timm name, "refmodel:vit" and the other names of `tvm_vitq.refmodels`, an nn.Module, a torch.export.ExportedProgram, or the path of an .onnx file.
-    input_shape : (H, W), (C, H, W) or (B, C, H, W). Default: what the model is made for; an nn.Module that timm did not
-        make needs it. An ExportedProgram or ONNX file has its shape already.
+    model : a timm name, "refmodel:vit" and the other names of `tvm_vitq.refmodels`, an nn.Module, a
+        torch.export.ExportedProgram, or the path of an .onnx file.
+    input_shape : (H, W), (C, H, W) or (B, C, H, W). Default: what the model is made for; an nn.Module that
+        timm did not make needs it. An ExportedProgram or ONNX file has its shape already.
     batch : images per call, fixed from here on.
     checkpoint : .safetensors, .pth or .pt file with the weights of a timm name or nn.Module.
     pretrained : take timm's pretrained weights.
 
     Raises
     ------
-    VitqError : unknown name, unreadable or unfitting checkpoint, weights with NaN or infinity, an operator that is not
-        supported (naming it and its layer), a shape that the model does not take.
+    VitqError : unknown name, unreadable or unfitting checkpoint, weights with NaN or infinity, an operator
+        that is not supported (naming it and its layer), a shape that the model does not take.
     """
     import torch
 
@@ -67,9 +68,10 @@ def import_model(
             raise VitqError("pretrained weights exist for timm names only", got=type(model).__name__)
         return _module(model, type(model).__name__, shape, batch, checkpoint)
     raise VitqError(
-        "cannot import this kind of model", got=type(model).__name__,
+        "cannot import this kind of model",
+        got=type(model).__name__,
         expected="a timm name, nn.Module, torch.export.ExportedProgram or .onnx path",
-    )  # fmt: skip
+    )
 
 
 def _checked_shape(input_shape: tuple[int, ...] | None, batch: int) -> tuple[int, ...] | None:
@@ -147,9 +149,12 @@ def _export(module: torch.nn.Module, name: str, shape: tuple[int, ...]) -> torch
     except Exception as error:  # whatever the module's forward or torch.export raises
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise VitqError(
-            "the module could not be traced with this input", where=name, got=lines[0], expected=f"a forward that takes {shape}",
+            "the module could not be traced with this input",
+            where=name,
+            got=lines[0],
+            expected=f"a forward that takes {shape}",
             fix="check input_shape, or pass a torch.export.ExportedProgram",
-        ) from error  # fmt: skip
+        ) from error
     finally:
         for part, mode in modes.items():
             part.training = mode

@@ -19,8 +19,8 @@ class FloatModel:
     mod : ``main`` maps images, float32 [B, C, H, W], to logits, float32 [B, classes]; weights are constants.
     name : the timm name, the class name of a module, or the stem of a file.
     input_shape : (B, C, H, W).
-    preprocessing : ``mean`` and ``std`` per channel, ``crop_pct`` and ``interpolation``, where the model says so.
-    torch_module : the module that was imported, in eval mode; its parameters share memory with the constants of `mod`.
+    preprocessing : ``mean`` and ``std`` per channel, ``crop_pct`` and ``interpolation``, where known.
+    torch_module : the module that was imported; its parameters share memory with the constants of `mod`.
     """
 
     mod: tvm.IRModule

@@ -1,8 +1,8 @@
 """ONNX files to Relax, with TVM's converters driven node by node.
 
-What depends on weights and shapes only is computed by ONNX's own reference evaluator. Layers are named after the
-exporter's module scopes, else after node names, else after weights: exporters share equal weights between layers, so
-a weight's name alone may be another layer's.
+What depends on weights and shapes only is computed by ONNX's own reference evaluator. Layers are named
+after the exporter's module scopes, else after node names, else after weights: exporters share equal weights
+between layers, so a weight's name alone may be another layer's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class _EmitTo:
-    """The part of relax.BlockBuilder that TVM's ONNX converters use; every normalized value gets its own binding."""
+    """The part of relax.BlockBuilder that TVM's ONNX converters use; every value gets its own binding."""
 
     def __init__(self, graph: GraphBuilder) -> None:
         self.graph = graph
@@ -230,8 +230,8 @@ def import_onnx(
 
     Raises
     ------
-    VitqError : missing, truncated or foreign file, unsupported operator (naming it and its layer), another shape than
-        the file was exported for, weights that are not finite.
+    VitqError : missing, truncated or foreign file, unsupported operator (naming it and its layer), another
+        shape than the file was exported for, weights that are not finite.
     """
     if not path.is_file():
         raise VitqError("ONNX file does not exist", where=path)

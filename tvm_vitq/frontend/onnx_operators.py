@@ -1,4 +1,4 @@
-"""Converters for ONNX operators that TVM expands into dynamic shapes or generated loops although all is static.
+"""Converters for ONNX operators that TVM expands into dynamic shapes or loops although all is static.
 
 Each takes the importer, the node and its attributes, and returns the Relax value, or None to leave it to TVM.
 """

@@ -21,8 +21,8 @@ def create(
 
     Raises
     ------
-    VitqError : unknown name (listing the nearest), unknown pretrained tag, unreachable weights, a size that the model
-        cannot take, a checkpoint that does not fit.
+    VitqError : unknown name (listing the nearest), unknown pretrained tag, unreachable weights, a size that
+        the model cannot take, a checkpoint that does not fit.
     """
     architecture = name.split(".")[0]
     if not name.startswith(("hf_hub:", "hf-hub:")) and not timm.is_model(architecture):
@@ -60,9 +60,13 @@ def _build(name: str, pretrained: bool, options: dict[str, Any]) -> torch.nn.Mod
     except Exception as error:  # unknown tag, no network, a size that does not divide
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise VitqError(
-            "timm could not load the model with pretrained weights" if pretrained else "timm could not build the model",
-            where=name, got=text, fix="check the network, or pass checkpoint=" if pretrained else None,
-        ) from error  # fmt: skip
+            "timm could not load the model with pretrained weights"
+            if pretrained
+            else "timm could not build the model",
+            where=name,
+            got=text,
+            fix="check the network, or pass checkpoint=" if pretrained else None,
+        ) from error
 
 
 def _config(name: str) -> dict[str, Any]:

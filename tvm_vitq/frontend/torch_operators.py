@@ -1,7 +1,8 @@
-"""Converters for the torch operators that TVM's importer flattens, loses parameters of, or converts less directly.
+"""Converters for the torch operators that TVM's importer flattens or converts less directly.
 
-Each takes the importer and the node, and returns the Relax value. The canonical operators are emitted right here when
-the weights are constants; whatever arrives in pieces is recognized by the canonicalization passes instead.
+Each takes the importer and the node, and returns the Relax value. The canonical operators are emitted right
+here when the weights are constants; whatever arrives in pieces is recognized by the canonicalization passes
+instead.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """torch.export programs to Relax.
 
-The program is functionalized and decomposed first, except for the operators that carry structure (linear, layer_norm,
-scaled_dot_product_attention, ...). Whatever depends on parameters only, relative position bias gathers, shifted-window
-masks, interpolated position embeddings, rotary tables, is computed here once, by torch itself.
+The program is functionalized and decomposed first, except for the operators that carry structure (linear,
+layer_norm, scaled_dot_product_attention, ...). Whatever depends on parameters only, relative position bias
+gathers, shifted-window masks, interpolated position embeddings, rotary tables, is computed here once, by
+torch itself.
 """
 
 from __future__ import annotations
@@ -22,10 +23,28 @@ from tvm_vitq.frontend.torch_operators import CONVERTERS
 from tvm_vitq.relax_passes.rewriter import Expr, GraphBuilder
 
 KEPT_WHOLE = (
-    "linear", "layer_norm", "scaled_dot_product_attention", "matmul", "conv2d", "gelu", "silu", "hardswish",
-    "hardsigmoid", "softmax", "roll", "group_norm", "leaky_relu", "adaptive_avg_pool2d", "avg_pool2d", "pad",
-    "upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d", "mean", "select",
-)  # fmt: skip
+    "linear",
+    "layer_norm",
+    "scaled_dot_product_attention",
+    "matmul",
+    "conv2d",
+    "gelu",
+    "silu",
+    "hardswish",
+    "hardsigmoid",
+    "softmax",
+    "roll",
+    "group_norm",
+    "leaky_relu",
+    "adaptive_avg_pool2d",
+    "avg_pool2d",
+    "pad",
+    "upsample_bilinear2d",
+    "upsample_nearest2d",
+    "upsample_bicubic2d",
+    "mean",
+    "select",
+)
 
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
@@ -47,7 +66,7 @@ def layer_path(node: fx.Node) -> str:
 
 
 class _EmitTo:
-    """The part of relax.BlockBuilder that TVM's converters use, writing to a `GraphBuilder` under the layer's name."""
+    """The part of relax.BlockBuilder that TVM's converters use, writing under the layer's name."""
 
     def __init__(self, graph: GraphBuilder) -> None:
         self.graph = graph
@@ -58,7 +77,7 @@ class _EmitTo:
 
 
 class ProgramImporter(ExportedProgramImporter):
-    """TVM's converters, driven node by node with constants evaluated by torch and layers remembered in names."""
+    """TVM's converters driven node by node; torch evaluates constants, names remember layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,8 +180,9 @@ class ProgramImporter(ExportedProgramImporter):
         ) as error:  # TVM's converters raise whatever comes; the user needs the layer and the operator
             raise VitqError(
                 f"torch operator could not be imported: {type(error).__name__}: {error}",
-                where=layer or "top level", got=str(node.target),
-            ) from error  # fmt: skip
+                where=layer or "top level",
+                got=str(node.target),
+            ) from error
 
     def _evaluate(self, node: fx.Node) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])
@@ -225,7 +245,7 @@ def import_program(program: ExportedProgram) -> tuple[tvm.IRModule, tuple[int, .
 
     Raises
     ------
-    VitqError : unsupported operator (naming it and its layer), dynamic shapes, several inputs or outputs, weights that
-        are not finite.
+    VitqError : unsupported operator (naming it and its layer), dynamic shapes, several inputs or outputs,
+        weights that are not finite.
     """
     return ProgramImporter().run(decompose(program))
