@@ -17,14 +17,8 @@ INSTRUCTIONS = ("vpdpbusd", "smmla", "usmmla", "sdot", "udot", "vpmaddwd", "pmad
 """Dot-product and multiply instructions, the one that does most per lane first."""
 
 
-def build_report(
-    quantized: QuantizedModel,
-    lowered: tvm.IRModule,
-    executable: Any,
-    profile: TargetProfile,
-    seconds: float,
-) -> dict[str, Any]:
-    """Plain data: see docs/architecture.md for the fields."""
+def quantized_report(quantized: QuantizedModel) -> dict[str, Any]:
+    """What is known before a target is: plain data, see docs/architecture.md for the fields."""
     layers = count_macs(quantized.mod)
     total = sum(layer.macs for layer in layers)
     integer = sum(layer.macs for layer in layers if layer.integer)
@@ -35,8 +29,6 @@ def build_report(
     plan = quantized.plan
     report = {
         "model": quantized.name,
-        "target": str(profile),
-        "isa": profile.isa,
         "bits": plan.bits,
         "recipe": plan.recipe,
         "plan_hash": plan.hash,
@@ -44,14 +36,29 @@ def build_report(
         "macs": total,
         "integer_coverage": integer / total if total else 1.0,
         "float_islands": islands,
-        "kernels": kernel_table(lowered, executable),
         "weight_count": weight_count(quantized.mod),
         "weight_bytes": weight_bytes(quantized.mod),
         "calibration": {"source": plan.calibration.source, "count": plan.calibration.count},
-        "compile_seconds": round(seconds, 2),
     }
     report["warnings"] = _warnings(quantized, report)
     return report
+
+
+def build_report(
+    quantized: QuantizedModel,
+    lowered: tvm.IRModule,
+    executable: Any,
+    profile: TargetProfile,
+    seconds: float,
+) -> dict[str, Any]:
+    """`quantized_report` and what the compiler did for one target."""
+    return {
+        **quantized_report(quantized),
+        "target": str(profile),
+        "isa": profile.isa,
+        "kernels": kernel_table(lowered, executable),
+        "compile_seconds": round(seconds, 2),
+    }
 
 
 def kernel_table(lowered: tvm.IRModule, executable: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,110 @@
+"""Files that tvm-vitq writes, told apart by what is in them, not by their names."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tvm_vitq.errors import VitqError
+
+if TYPE_CHECKING:
+    from tvm_vitq.plan import QuantPlan
+    from tvm_vitq.quantized_model import QuantizedModel
+    from tvm_vitq.runtime import Library
+
+KINDS = ("model", "library", "plan")
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """What a file is: "model" (of QuantizedModel.save), "library" (of export_library) or "plan" (JSON).
+
+    Raises
+    ------
+    VitqError : no such file, or none of the three.
+    """
+    file = Path(path)
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(64)
+    except OSError as error:
+        raise VitqError("cannot read the file", where=file, got=error.strerror, fix="check the path") from error
+    if start.startswith(b"\x7fELF"):
+        return "library"
+    if zipfile.is_zipfile(file) or start.startswith(b"PK\x03\x04"):
+        return "model"
+    if start.lstrip().startswith(b"{"):
+        return "plan"
+    raise VitqError(
+        "not a file of tvm-vitq",
+        where=file,
+        got="an empty file" if not start else f"a file that begins with {start[:4]!r}",
+        expected="a quantized model (.vitq), a compiled library (.so) or a plan (.json)",
+    )
+
+
+def is_artifact(text: str) -> bool:
+    """Whether a command-line argument means a file of ours rather than a model to import."""
+    path = Path(text)
+    return path.suffix in (".vitq", ".so", ".json") or (path.is_file() and path.suffix != ".onnx")
+
+
+def open_artifact(path: str | os.PathLike[str]) -> QuantizedModel | Library | QuantPlan:
+    """The object that a file holds; a library is not loaded before it is called.
+
+    Raises
+    ------
+    VitqError : as `kind_of` and the reader of that kind of file.
+    """
+    readers: dict[str, Any] = {"model": _model, "library": _library, "plan": _plan}
+    return readers[kind_of(path)](path)
+
+
+def _model(path: str | os.PathLike[str]) -> QuantizedModel:
+    from tvm_vitq.quantized_model import QuantizedModel
+
+    return QuantizedModel.load(path)
+
+
+def _library(path: str | os.PathLike[str]) -> Library:
+    from tvm_vitq import library_format
+    from tvm_vitq.runtime import Library
+
+    # Not load_library: a library for another machine can be inspected and emulated, if not called.
+    return Library(library_format.read(path), file=Path(path))
+
+
+def _plan(path: str | os.PathLike[str]) -> QuantPlan:
+    from tvm_vitq.plan import QuantPlan
+
+    return QuantPlan.load(path)
+
+
+def describe(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
+    """A file of ours as plain data and as text with one fact per line.
+
+    Raises
+    ------
+    VitqError : as `open_artifact`.
+    """
+    from tvm_vitq import render
+
+    kind = kind_of(path)
+    artifact: Any = open_artifact(path)
+    size = Path(path).stat().st_size
+    head = {"file": str(path), "kind": kind, "file_bytes": size}
+    first = render.fields({"file": f"{path}  ({kind}, {render.size(size)})"})
+    if kind == "plan":
+        return {**head, "hash": artifact.hash, "plan": artifact.to_dict()}, f"{first}\n{render.plan_text(artifact)}"
+    if kind == "library":
+        info = artifact.info
+        machine = render.fields({"needs": " ".join(info.target.features) or "nothing beyond the architecture"})
+        versions = render.fields({"versions": ", ".join(f"{k} {v}" for k, v in info.versions.items())})
+        text = render.report_text(info.report) if "macs" in info.report else render.fields({"model": info.model})
+        return {**head, **info.to_json()}, f"{first}\n{machine}\n{versions}\n{text}"
+    from tvm_vitq.report import quantized_report
+
+    report = quantized_report(artifact)
+    text = f"{first}\n{render.report_text(report)}\n{render.plan_text(artifact.plan)}"
+    return {**head, **report, "plan": artifact.plan.to_dict()}, text

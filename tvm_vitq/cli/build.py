@@ -1,0 +1,40 @@
+"""`vitq build`."""
+
+from __future__ import annotations
+
+import argparse
+
+from tvm_vitq.cli import options
+from tvm_vitq.cli.outcome import Outcome
+
+HELP = "compile a quantized model, or quantize and compile a model, to a library for one target"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, target, where to write, and everything that `tvm_vitq.quantize` takes."""
+    parser.add_argument("model", metavar="MODEL", help=f"a .vitq file of `vitq quantize`; or {options.MODEL_HELP}")
+    parser.add_argument(
+        "-t",
+        "--target",
+        default="llvm",
+        help='"llvm" (this machine, default), "aarch64-dotprod", "x86-avx2", or TVM\'s classic strings: '
+        '"llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a76"; `vitq doctor` lists the instruction sets',
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="library to write (.so)")
+    options.add_quantization(parser)
+
+
+def run(arguments: argparse.Namespace) -> Outcome:
+    """See tvm_vitq.build and tvm_vitq.compile."""
+    import tvm_vitq
+    from tvm_vitq.artifacts import is_artifact
+    from tvm_vitq.render import report_text
+
+    if is_artifact(arguments.model):
+        options.refuse_quantization(arguments)
+        library = tvm_vitq.compile(tvm_vitq.load(arguments.model), arguments.target)
+    else:
+        library = tvm_vitq.build(arguments.model, arguments.target, **options.quantization(arguments))
+    path = library.export_library(arguments.output)
+    data = {**library.report, "output": str(path), "file_bytes": path.stat().st_size}
+    return Outcome(data, report_text(data))

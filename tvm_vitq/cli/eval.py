@@ -1,0 +1,51 @@
+"""`vitq eval`."""
+
+from __future__ import annotations
+
+import argparse
+
+from tvm_vitq.cli.outcome import Outcome
+
+HELP = "top-1 accuracy of libraries, quantized models (NumPy reference) and float models on the same images"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is compared, on which images, and thresholds."""
+    parser.add_argument(
+        "subjects",
+        nargs="+",
+        metavar="X",
+        help="library (.so), quantized model (.vitq), or float model (timm name, refmodel:...); thresholds apply to "
+        "the first; refmodel: names bring their float model by themselves",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="refmodel (test images of the reference models), folder with one folder per class, or .npz file with "
+        "arrays images and labels",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="images used at most, evenly spread")
+    parser.add_argument("--emulate", action="store_true", help="run AArch64 libraries under qemu")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights of the float model")
+    parser.add_argument("--pretrained", action="store_true", help="let timm fetch the float model's weights")
+    parser.add_argument("--min-top1", type=float, metavar="PERCENT", help="fail (exit code 1) below this accuracy")
+    parser.add_argument("--max-drop", type=float, metavar="POINTS", help="fail if this much below the float model")
+    parser.add_argument("--exact", action="store_true", help="fail unless libraries and references agree in every bit")
+
+
+def run(arguments: argparse.Namespace) -> Outcome:
+    """See tvm_vitq.comparison."""
+    from tvm_vitq.comparison import compare
+    from tvm_vitq.render import comparison_text
+
+    found = compare(
+        arguments.subjects,
+        arguments.data,
+        limit=arguments.limit,
+        emulate=arguments.emulate,
+        checkpoint=arguments.checkpoint,
+        pretrained=arguments.pretrained,
+        progress=not arguments.json,
+    )
+    passed = found.meets(min_top1=arguments.min_top1, max_drop=arguments.max_drop, exact=arguments.exact)
+    return Outcome(found.to_json(), comparison_text(found), passed)

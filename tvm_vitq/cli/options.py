@@ -1,0 +1,115 @@
+"""Arguments that several verbs share, so that they mean the same everywhere."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from tvm_vitq.errors import VitqError
+
+MODEL_HELP = 'timm name, .onnx file, or a model of the package: "refmodel:vit", "refmodel:swin", each also "..._outlier"'
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """Everything that `tvm_vitq.quantize` takes."""
+    group = parser.add_argument_group("quantization")
+    group.add_argument("--bits", default="w8a8", help="w<weight bits>a<activation bits>, 2 to 8 each (default: w8a8)")
+    group.add_argument("--recipe", default="percentile", help="percentile (default), minmax or mse")
+    group.add_argument(
+        "--calibration",
+        default="none",
+        metavar="DATA",
+        help="folder of images, .npy file with float32 (N, 3, H, W) normalized images, refmodel, or none (default: "
+        "images are synthesized)",
+    )
+    group.add_argument("--checkpoint", metavar="FILE", help="weights for a timm name: .safetensors, .pth, .pt")
+    group.add_argument("--pretrained", action="store_true", help="let timm fetch its pretrained weights")
+    group.add_argument("--input-shape", type=_shape, metavar="3,H,W", help="if the model takes sizes other than its own")
+    group.add_argument("--batch", type=int, default=1, help="images per call, fixed from here on (default: 1)")
+    group.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="SITE=SPEC",
+        help="bits or JSON for sites by name or pattern: 'blocks.*.mlp.fc2.input=8', "
+        "'*.weight={\"granularity\": \"group\", \"group_size\": 32}'; the last match wins",
+    )
+    group.add_argument("--requantize", default="multiply", help="multiply (default), or shift: powers of two only")
+    group.add_argument("--strict", action="store_true", help="refuse a model that keeps float operators")
+    group.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+
+
+def quantization(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `tvm_vitq.quantize`."""
+    return {
+        "bits": arguments.bits,
+        "recipe": arguments.recipe,
+        "calibration": calibration(arguments.calibration),
+        "checkpoint": arguments.checkpoint,
+        "pretrained": arguments.pretrained,
+        "input_shape": arguments.input_shape,
+        "batch": arguments.batch,
+        "overrides": dict(_override(text) for text in arguments.override) or None,
+        "requantize": arguments.requantize,
+        "strict": arguments.strict,
+        "seed": arguments.seed,
+        "progress": not arguments.json,
+    }
+
+
+def refuse_quantization(arguments: argparse.Namespace) -> None:
+    """VitqError if an option of quantization was given for a model that is quantized already."""
+    fresh = argparse.ArgumentParser()
+    add_quantization(fresh)
+    for name, default in vars(fresh.parse_args([])).items():
+        if getattr(arguments, name) != default:
+            raise VitqError(
+                "the model is quantized already",
+                where=f"--{name.replace('_', '-')}",
+                got=getattr(arguments, name),
+                fix="give the option to `vitq quantize`, or build from the float model",
+            )
+
+
+def calibration(text: str) -> Any:
+    """What `--calibration` means: None, an array, or a folder."""
+    if text == "none":
+        return None
+    if text == "refmodel":
+        from tvm_vitq import refmodels
+
+        return refmodels.calibration_images()
+    if text.endswith(".npy"):
+        import numpy as np
+
+        try:
+            return np.load(text, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise VitqError("cannot read the calibration images", where=text, got=error) from error
+    return text
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """--threads, as Library.num_threads."""
+    parser.add_argument("--threads", type=int, default=0, help="threads per call (default: one per core)")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape such as 3,224,224") from None
+
+
+def _override(text: str) -> tuple[str, Any]:
+    site, _, spec = text.partition("=")
+    try:
+        return site, json.loads(spec)
+    except json.JSONDecodeError as error:
+        raise VitqError(
+            "malformed override",
+            where="--override",
+            got=text,
+            expected='SITE=BITS or SITE={"bits": 8, "granularity": "group", "group_size": 32}',
+        ) from error
