@@ -23,11 +23,11 @@ Left = Callable[[int, Expr, int], Expr]
 Right = Callable[[Expr, int], Expr]
 """``right(offset, n)``: n int8 elements of the packed panel."""
 
-Sink = Callable[[int, int, Expr, int], None]
+Sink = Callable[[int, Expr, Expr, int], None]
 """``sink(row, column, value, lanes)`` receives int32 sums."""
 
 Side = Callable[[Expr], None]
-"""``side(i)`` emits statements into iteration i of the innermost loop."""
+"""``side(i)`` emits statements into iteration i of the innermost loop, out of `Isa.side_steps`."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,10 @@ class Isa:
     def load_right(self, right: Right, offset: Expr) -> Expr:
         """One vector of `lanes * step` packed elements as the instruction takes them."""
         return right(offset, self.lanes * self.step)
+
+    def side_steps(self, columns: int, depth: int) -> int:
+        """Iterations of the innermost loop in one `matmul`."""
+        return depth // self.unit
 
     def matmul(
         self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str, full_range: bool,

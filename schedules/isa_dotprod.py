@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from tvm_vitq.schedules import tir
-from tvm_vitq.schedules.isa import Left, Right, Sink, Tile
+from tvm_vitq.schedules.isa import Left, Right, Side, Sink, Tile
 from tvm_vitq.schedules.isa_neon import SignedLeft
 from tvm_vitq.schedules.tir import TB
 
+_SDOT = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+
 
 class Dotprod(SignedLeft):
-    """The by-element form takes four depths of a row straight out of a register of 16: nothing is broadcast."""
+    """Four depths of a row are taken straight out of a register of 16, by element: nothing is broadcast."""
 
     name = "dotprod"
     lanes = 4
     step = 4
     unit = 16
     instruction = "sdot"
+    has_side = True
     tile = Tile(rows=6, columns=16)  # 24 sums, 6 registers of x, and 2 for the weights passing by
 
     def matmul(
-        self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str, full_range: bool
-    ) -> None:
+        self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str,
+        full_range: bool, side: Side | None = None,
+    ) -> None:  # fmt: skip
         vectors = columns // self.lanes
         acc = [[self.accumulator() for _ in range(vectors)] for _ in range(rows)]
         with TB.serial(0, depth // self.unit) as block:
@@ -31,10 +35,10 @@ class Dotprod(SignedLeft):
                     loaded = tir.let(right(offset, 16))
                     for r in range(rows):
                         word = tir.reinterpret(tir.shuffle(words[r], [k // self.step] * 4), "int8x16")
-                        dot = "llvm.aarch64.neon.sdot.v4i32.v16i8"
-                        tir.store(
-                            acc[r][v], tir.intrinsic(dot, "int32x4", tir.load(acc[r][v], 0, 4), loaded, word), 0, 4
-                        )
+                        total = tir.intrinsic(_SDOT, "int32x4", tir.load(acc[r][v], 0, 4), loaded, word)
+                        tir.store(acc[r][v], total, 0, 4)
+            if side is not None:
+                side(block)
         for r in range(rows):
             for v in range(vectors):
                 sink(r, v * self.lanes, tir.load(acc[r][v], 0, 4), 4)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import tvm
 
 from tvm_vitq.schedules import tir
-from tvm_vitq.schedules.isa import Isa, Left, Right, Sink, Tile
+from tvm_vitq.schedules.isa import Isa, Left, Right, Side, Sink, Tile
 from tvm_vitq.schedules.tir import TB, Expr
 
 _INTRINSIC = {
@@ -27,16 +27,24 @@ class I8mm(Isa):
     step = 8
     unit = 8
     instruction = "smmla"
+    has_side = True
     tile = Tile(rows=4, columns=48)
     block = 24
-    """Columns that are computed together: with two pairs of rows 24 sums. Joining two rows of x in one register takes an
-    instruction of the same kind of unit as smmla, so wide and low blocks are the better ones."""
+    """Most columns computed together: with two pairs of rows 24 sums. Joining two rows of x in one register
+    keeps a unit busy that could do an smmla, so blocks are wide and low."""
+
+    def side_steps(self, columns: int, depth: int) -> int:
+        return columns // self._width(columns) * (depth // self.unit)
+
+    def _width(self, columns: int) -> int:
+        return max(w for w in range(4, self.block + 1, 4) if columns % w == 0)
 
     def matmul(
-        self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str, full_range: bool
-    ) -> None:
+        self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str,
+        full_range: bool, side: Side | None = None,
+    ) -> None:  # fmt: skip
         pairs = tir.ceildiv(rows, 2)
-        width = max(w for w in range(4, self.block + 1, 4) if columns % w == 0)
+        width = self._width(columns)
         vectors = width // 2
         with TB.serial(0, columns // width) as i:
             acc = [[tir.scratch(4, "int32") for _ in range(vectors)] for _ in range(pairs)]
@@ -50,6 +58,8 @@ class I8mm(Isa):
                     for p in range(pairs):
                         old = tir.load(acc[p][v], 0, 4)
                         tir.store(acc[p][v], tir.intrinsic(_INTRINSIC[source], "int32x4", old, x[p], w), 0, 4)
+                if side is not None:
+                    side(i * (depth // self.unit) + block)
             for r in range(rows):
                 for v in range(0, vectors, 2):
                     a, b = (tir.load(acc[r // 2][v + j], 0, 4) for j in (0, 1))

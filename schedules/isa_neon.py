@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tvm_vitq.schedules import tir
-from tvm_vitq.schedules.isa import Isa, Left, Right, Sink, Tile
+from tvm_vitq.schedules.isa import Isa, Left, Right, Side, Sink, Tile
 from tvm_vitq.schedules.tir import TB, Expr
 
 
@@ -31,11 +31,11 @@ class SignedLeft(Isa):
 
 
 class Neon(SignedLeft):
-    """Lanes of a register are depths: both operands are plain loads, and each sum is added up across at the end.
+    """Lanes are depths: both operands are plain loads, and each sum is added up across its lanes at the end.
 
-    A pair of products fits int16, ``2 * 128 * 127 < 2**15``, unless both pairs are (-128, -128), so that 16 products
-    take three instructions (four where right operands may be -128). Widening to int16 first and smlal would take four
-    and, on cores with one multiplier, twice the time.
+    Two products fit int16, ``2 * 128 * 127 < 2**15``, unless all four factors are -128, so that 16 products
+    take three instructions, or four where right operands may be -128. Widening to int16 and smlal would take
+    four and, on cores with one multiplier, twice the time.
     """
 
     name = "neon"
@@ -43,13 +43,18 @@ class Neon(SignedLeft):
     step = 16
     unit = 16
     instruction = "smlal2"
+    has_side = False  # the loop needs all registers: with lookups in it LLVM spills, which costs more
     tile = Tile(rows=4, columns=16)
     block = 4
-    """Columns that are computed together: 4 x 4 sums, 8 operands and 8 products in flight fill the registers."""
+    """Columns computed together: 4 x 4 sums, 8 operands and 8 products in flight fill the registers."""
+
+    def side_steps(self, columns: int, depth: int) -> int:
+        return columns // self.block * (depth // self.unit)
 
     def matmul(
-        self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str, full_range: bool
-    ) -> None:
+        self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str,
+        full_range: bool, side: Side | None = None,
+    ) -> None:  # fmt: skip
         with TB.serial(0, columns // self.block) as i:
             acc = [[self.accumulator() for _ in range(self.block)] for _ in range(rows)]
             with TB.serial(0, depth // self.unit) as block:
@@ -60,6 +65,8 @@ class Neon(SignedLeft):
                     for r in range(rows):
                         old = tir.load(acc[r][c], 0, 4)
                         tir.store(acc[r][c], self._dot(old, x[r], w, full_range), 0, 4)
+                if side is not None:
+                    side(i * (depth // self.unit) + block)
             for r in range(rows):
                 sums = [tir.load(acc[r][c], 0, 4) for c in range(self.block)]
                 while len(sums) > 1:
@@ -75,8 +82,8 @@ class Neon(SignedLeft):
 
 def _products(x: Expr, w: Expr, half: int) -> Expr:
     """smull or smull2: int16x8."""
-    lanes = list(range(8 * half, 8 * half + 8))
-    return tir.intrinsic("llvm.aarch64.neon.smull.v8i16", "int16x8", tir.shuffle(x, lanes), tir.shuffle(w, lanes))
+    x, w = (tir.shuffle(v, list(range(8 * half, 8 * half + 8))) for v in (x, w))
+    return tir.intrinsic("llvm.aarch64.neon.smull.v8i16", "int16x8", x, w)
 
 
 def _add_pairs(acc: Expr, products: Expr) -> Expr:

@@ -177,7 +177,7 @@ class DelayedLookup:
     def __init__(self, emitter: _Emitter, column: Expr, columns: int) -> None:
         self.emitter, self.column, self.columns = emitter, column, columns
         self.tile: Expr = 0
-        steps = emitter.spec.depth // emitter.isa.unit
+        steps = emitter.isa.side_steps(columns, emitter.spec.depth)
         self.per_step = tir.ceildiv(emitter.rows.large * columns, steps)
         self.size = packing.padded(steps * self.per_step, GROUP)
         self.indices = tir.scratch(self.size, "uint16")
@@ -291,7 +291,7 @@ class _Emitter:
         """Whether table lookups of a tile are done inside the product of the next one."""
         spec = self.spec
         elements = self.rows.large * spec.tiles.columns
-        per_step = tir.ceildiv(elements, spec.depth // self.isa.unit)
+        per_step = tir.ceildiv(elements, self.isa.side_steps(spec.tiles.columns, spec.depth))
         return bool(spec.lookup) and self.isa.has_side and not spec.groups and per_step <= MAX_SIDE_LOOKUPS
 
     def _tile(self, row: Expr, column: Expr, rows: int, columns: int, lookup: DelayedLookup | None) -> None:

@@ -22,7 +22,8 @@ IMAGE = (1, 3, 1, 1)
 class Case:
     """A kernel, its operands in the order of its arguments, and what numerics says that it returns.
 
-    inputs, constants : arrays for the arguments of these roles. expected : within +-2**24, where float32 is exact.
+    inputs, constants : arrays for the arguments of these roles.
+    expected : within +-2**24, where float32 is exact.
     """
 
     name: str
@@ -79,6 +80,4 @@ def split_results(cases: list[Case], flat: np.ndarray) -> dict[str, np.ndarray]:
     """Name of the case -> its result, in the shape of what is expected."""
     ends = np.cumsum([case.expected.size for case in cases])
     pieces = np.split(flat.ravel(), ends[:-1])
-    return {
-        case.name: piece.reshape(case.expected.shape) for case, piece in zip(cases, pieces, strict=True)
-    }
+    return {case.name: piece.reshape(case.expected.shape) for case, piece in zip(cases, pieces, strict=True)}

@@ -33,6 +33,8 @@ LINEARS = {
     "tile64": ((9, 80, 48), {"out": CODES, "tile": Tile(2, 64)}),
     "shift": ((6, 20, 40), {"out": Output("int8", -128, 127, "shift"), "zero_point": "scalar"}),
     "lookup": ((11, 40, 72), {"out": INDEX, "lookup": "int8", "zero_point": "scalar"}),
+    "lookup_late": ((30, 64, 96), {"out": INDEX, "lookup": "int8", "zero_point": "vector"}),
+    "lookup_deep": ((31, 112, 208), {"out": INDEX, "lookup": "int8", "zero_point": "scalar"}),
     "lookup_wide": ((3, 32, 16), {"out": INDEX, "lookup": "int32", "zero_point": "vector"}),
     "residual": ((10, 50, 96), {"out": WIDE, "residual": True}),
     "groups": ((7, 18, 80), {"out": CODES, "groups": 5, "zero_point": "scalar"}),
@@ -41,7 +43,9 @@ LINEARS = {
 }
 
 
-def linear_case(name: str, target: str, shape: tuple[int, int, int], options: dict, extreme: bool = False) -> Case:
+def linear_case(
+    name: str, target: str, shape: tuple[int, int, int], options: dict, extreme: bool = False
+) -> Case:
     m, n, k = shape
     rng = np.random.default_rng(shape)
     spec = Linear(target, m, n, k, **options)
@@ -102,7 +106,7 @@ def attention_case(
     additive: tuple[tuple[int, int, int], ...] = (),
     out: Output = CODES,
 ) -> Case:
-    """q, k and v side by side in one matrix [b * t, ...] if there are as many queries as keys, else in two."""
+    """q, k and v side by side in one matrix if there are as many queries as keys, else q by itself."""
     b, h, tq, tk, d, dv = shape
     largest = 2**bits - 1
     probs = probabilities(kind, bits, 1 / largest, tk, name)
@@ -121,11 +125,10 @@ def attention_case(
         views = [View(0, 0, d, tq), View(1, 0, d, tk), View(1, h * d, dv, tk)]
     zeros = [rng.integers(-128, 128, h).astype(np.int32) for _ in range(3)]
     score = np.full(h, 4096 * 4 / (d**0.5 * 5000), np.float32) * rng.uniform(0.5, 1, h).astype(np.float32)
-    multiplier = (rng.uniform(0.5, 1, h) / (largest if kind == "softmax" else largest * tk)).astype(np.float32)
+    total = largest if kind == "softmax" else largest * tk
+    multiplier = (rng.uniform(0.5, 1, h) / total).astype(np.float32)
     terms = tuple(rng.integers(-(2**14), 2**14, (*size, tk)).astype(np.int32) for size in additive)
-    spec = Attention(
-        target, *shape, tuple(s.shape for s in sources), *views, Probs.of(probs), out, additive
-    )
+    spec = Attention(target, *shape, tuple(s.shape for s in sources), *views, Probs.of(probs), out, additive)
     arrays = spec.pack(score, multiplier, *zeros, 3, terms, probs.table)
     # Windows follow each other: image i takes term i % nb.
     full = tuple(np.tile(t, (b // t.shape[0], 1, 1, 1)) for t in terms)
@@ -180,13 +183,13 @@ def test_loop_is_the_instruction_and_does_not_spill(target):
 
 
 def innermost_loops(lines: list[str], instruction: str) -> list[list[str]]:
-    """Bodies of the loops with most uses of the instruction: from a label to the first branch back to it."""
+    """Bodies of innermost loops that use the instruction: from a label to the branch back to it."""
     label = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\.L\w+):", line))}
     bodies = []
     for i, line in enumerate(lines):
         match = re.match(r"\s+(?:b\.\w+|cbn?z|tbn?z)\s.*?(\.L\w+)$", line)
         if match and label.get(match[1], i) < i:
             body = lines[label[match[1]] + 1 : i]
-            if not any(re.match(r"\.L", other) for other in body) and any(instruction in other for other in body):
+            if not any(re.match(r"\.L", line) for line in body) and instruction in " ".join(body):
                 bodies.append(body)
     return bodies
