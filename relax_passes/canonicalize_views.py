@@ -13,6 +13,7 @@ from tvm_vitq.ops import op_name, shape_of
 from tvm_vitq.relax_passes.rewriter import (
     Call,
     Expr,
+    GraphBuilder,
     Rewriter,
     constant,
     int_list,
@@ -77,12 +78,12 @@ class CanonicalizeViews(Rewriter):
                 array.reshape(step.values) if step.kind == "reshape" else array.transpose(step.values)
             )
         chain, source, shared = [step], x, False
-        best = (x, self._apply(x, chain))
+        best = (x, apply_views(shape_of(x), chain))
         while (made := self.call_of(source, *VIEWS)) is not None:
             shared = shared or self.readers(source) > 1
-            chain.insert(0, _step(made))
+            chain.insert(0, view_step(made))
             source = made.args[0]
-            joined = self._apply(source, chain)
+            joined = apply_views(shape_of(source), chain)
             if joined is None:
                 break
             if shared and sum(s.kind == "permute" for s in joined.steps()) > (step.kind == "permute"):
@@ -90,29 +91,8 @@ class CanonicalizeViews(Rewriter):
             best = (source, joined)
         source, joined = best
         if joined is None:  # sizes that do not refine each other, e.g. (6, 4) to (4, 6)
-            return self._emit_step(x, step, name)
-        return self.emit_steps(source, joined.steps(), name)
-
-    @staticmethod
-    def _apply(source: Expr, chain: list[Step]) -> AxisMap | None:
-        mapped = AxisMap(shape_of(source))
-        for step in chain:
-            if step.kind == "permute":
-                mapped.permute(list(step.values))
-            elif not mapped.reshape(list(step.values)):
-                return None
-        return mapped
-
-    def emit_steps(self, x: Expr, steps: list[Step], name: str) -> Expr:
-        for step in steps:
-            x = self._emit_step(x, step, name)
-        return x
-
-    def _emit_step(self, x: Expr, step: Step, name: str) -> Expr:
-        layer = layer_of(name)
-        if step.kind == "reshape":
-            return self.emit(relax.op.reshape(x, step.values), f"{layer}:reshape")
-        return self.emit(relax.op.permute_dims(x, list(step.values)), f"{layer}:permute")
+            return emit_views(self, x, [step], name)
+        return emit_views(self, source, joined.steps(), name)
 
     def cut(self, call: Call, name: str) -> Expr | None:
         x, axes = call.args[0], int_list(call.args[1])
@@ -142,9 +122,9 @@ class CanonicalizeViews(Rewriter):
         chain: list[Step] = []
         source, best = x, None
         while (made := self.call_of(source, *VIEWS)) is not None:
-            chain.insert(0, _step(made))
+            chain.insert(0, view_step(made))
             source = made.args[0]
-            mapped = self._apply(source, chain)
+            mapped = apply_views(shape_of(source), chain)
             found = mapped.slice(axis, begin, end) if mapped is not None else None
             if found is None:
                 break
@@ -153,7 +133,7 @@ class CanonicalizeViews(Rewriter):
             return self.emit(relax.op.strided_slice(x, [axis], [begin], [end]), f"{layer_of(name)}:slice")
         source, (origin, first, last, part) = best
         cut = self.slice(source, origin, first, last, name)
-        return self.emit_steps(cut, part.steps(), name)
+        return emit_views(self, cut, part.steps(), name)
 
     def gather(self, call: Call, name: str) -> Expr | None:
         x, indices = call.args[0], call.args[1]
@@ -225,10 +205,33 @@ class CanonicalizeViews(Rewriter):
         return x
 
 
-def _step(call: Call) -> Step:
+def view_step(call: Call) -> Step:
+    """A reshape or permute_dims as a step of the view algebra."""
     if op_name(call) == "relax.reshape":
         return Step("reshape", tuple(shape_of(call)))
     return Step("permute", tuple(permutation(call)))
+
+
+def apply_views(shape: list[int], chain: list[Step]) -> AxisMap | None:
+    """The map of a chain of views of a tensor; None where sizes do not refine each other."""
+    mapped = AxisMap(shape)
+    for step in chain:
+        if step.kind == "permute":
+            mapped.permute(list(step.values))
+        elif not mapped.reshape(list(step.values)):
+            return None
+    return mapped
+
+
+def emit_views(graph: GraphBuilder, x: Expr, steps: list[Step], name: str) -> Expr:
+    """Emit steps as reshape and permute_dims, named after the layer of `name`."""
+    layer = layer_of(name)
+    for step in steps:
+        if step.kind == "reshape":
+            x = graph.emit(relax.op.reshape(x, step.values), f"{layer}:reshape")
+        else:
+            x = graph.emit(relax.op.permute_dims(x, list(step.values)), f"{layer}:permute")
+    return x
 
 
 def shape_of_field(call: Call, index: int) -> list[int]:

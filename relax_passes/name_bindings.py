@@ -29,8 +29,8 @@ class NameBindings(Rewriter):
 
     def transform(self, function: relax.Function) -> relax.Function:
         bindings = [b for block in function.body.blocks for b in block.bindings]
-        # Layers first, so that a matmul keeps its module path whatever stands before it. Attention first among
-        # the operators of one layer: a projection that is no module of its own is part of it.
+        # Layers first, so that a matmul keeps its module path whatever stands before it. Attention first
+        # among the operators of one layer: a projection that is no module of its own is part of it.
         sites: dict[Var, str] = {}
         for rank in (("vitq.attention",), OWN_SITE[1:]):
             for binding in bindings:

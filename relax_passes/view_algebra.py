@@ -97,6 +97,19 @@ class AxisMap:
         part.shape[axis] = end - begin
         return origin, first * step, last * step, part
 
+    def with_last_axis(self, size: int) -> AxisMap | None:
+        """The same movement of rows that have `size` elements; None where it takes rows apart."""
+        if not self.shape or not self.source_shape or self._source[-1] != self._current[-1]:
+            return None
+        rows = AxisMap([])
+        rows._sizes = list(self._sizes)
+        last = [rows._atom(size)] if size != 1 else []
+        rows._source = [*(list(g) for g in self._source[:-1]), last]
+        rows._current = [*(list(g) for g in self._current[:-1]), list(last)]
+        rows.source_shape = [*self.source_shape[:-1], size]
+        rows.shape = [*self.shape[:-1], size]
+        return rows
+
     def steps(self) -> list[Step]:
         """The shortest of reshape, permute, reshape that makes the result from the source."""
         before = [a for g in self._source for a in g]
