@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.numerics import SIGMOID_BITS, WIDE_MAX, Output, Probabilities
+from tvm_vitq.numerics import SIGMOID_BITS, Output, Probabilities
 from tvm_vitq.schedules import packing, tir
 from tvm_vitq.schedules.attention_body import AttentionBody
 from tvm_vitq.schedules.isa import Isa, Tile, isa
@@ -52,13 +52,6 @@ class Probs:
         return Probs(probs.kind, probs.qmax, probs.numerator, probs.shift, probs.guard)
 
 
-def scores_fit(score_multiplier: Array, zero_q: Array, zero_k: Array, d: int) -> bool:
-    """Whether ``|(q - zero_q) . (k - zero_k)| * score_multiplier <= WIDE_MAX`` for all codes, so that no limit acts."""
-    q, k = (np.maximum(np.abs(-128 - np.asarray(z)), np.abs(127 - np.asarray(z))) for z in (zero_q, zero_k))
-    largest = d * q.astype(np.float64) * k * np.asarray(score_multiplier, np.float64)
-    return bool((largest * (1 + 2**-20) <= WIDE_MAX).all())
-
-
 @dataclass(frozen=True)
 class Attention:
     """numerics.int_attention on q, k, v that are views of row-major matrices.
@@ -68,7 +61,6 @@ class Attention:
     sources : shapes of the int8 matrices that q, k and v point into.
     additive : leading three sizes of each additive term ``[nb, nh, tq or 1, tk]``; nb divides batch and image b takes
         term ``b % nb`` (windows of one image follow each other); nh is 1 or heads.
-    limit_scores : False where no score can exceed WIDE_MAX, see `scores_fit`.
     tile : register tile; None takes the instruction set's default.
 
     Arguments of the kernel: the sources, score_multiplier, multiplier, zeros, [table], the additive terms, out.
@@ -89,7 +81,6 @@ class Attention:
     probs: Probs
     out: Output
     additive: tuple[tuple[int, int, int], ...] = ()
-    limit_scores: bool = True
     tile: Tile | None = None
 
     @property
@@ -120,12 +111,11 @@ class Attention:
         views = [f"{v.source}c{v.column}h{v.head_stride}r{v.rows}o{v.row}" for v in (self.q, self.k, self.v)]
         sources = [f"{rows}x{columns}" for rows, columns in self.sources]
         additive = ["a" + "x".join(str(n) for n in shape) for shape in self.additive]
-        limit = "" if self.limit_scores else "fit"
         clip = f"{self.out.qmin}to{self.out.qmax}".replace("-", "m")
         tile = "" if self.tile is None else f"t{self.tile.rows}x{self.tile.columns}"
         epilogue = [kind] + (["shift"] if self.out.kind == "shift" else [])
         shape = (self.batch, self.heads, self.tq, self.tk, self.d, self.dv)
-        extra = [*sources, *views, *additive, clip, limit, tile]
+        extra = [*sources, *views, *additive, clip, tile]
         return kernel_name("attention", self.out.dtype, ["int8", "int8", "int8"], epilogue, shape, *extra)
 
     def arguments(self) -> tuple[Argument, ...]:

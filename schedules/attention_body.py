@@ -49,6 +49,7 @@ class AttentionBody:
         self.qk_depth = packing.padded(spec.d, self.isa.unit)
         self.pv_depth = packing.padded(spec.tk, self.isa.unit)
         self.out_columns = packing.padded(spec.dv, GROUP)
+        self.stride = packing.padded(spec.tk, 2 * LANES)
 
     def emit(self) -> None:
         spec = self.spec
@@ -160,7 +161,7 @@ class AttentionBody:
         return sums
 
     def _allocate(self) -> None:
-        rows, columns = self.rows.large, self.spec.score_columns
+        rows, columns = self.rows.large, self.stride
         self.query = tir.scratch(rows * self.qk_depth, self.isa.left_dtype("int8"))
         self.scores = tir.scratch(rows * columns, "int32")
         self.exponentials = tir.scratch(rows * columns, "uint16")
@@ -174,7 +175,7 @@ class AttentionBody:
         probabilities.emit(self)
         columns = self.out_columns
         self._product(
-            self.probs, self.spec.score_columns, self.pv_depth, self.values,
+            self.probs, self.stride, self.pv_depth, self.values,
             lambda r, c, value, n: tir.store(self.sums, value, r * columns + c, n), "uint8",
         )  # fmt: skip
         self._output(row, self.rows.large)
@@ -186,12 +187,12 @@ class AttentionBody:
         def sink(r: int, column: Expr, value: Expr, lanes: int) -> None:
             value = value + tir.load(self.key_correction, column, lanes)
             value = value + tir.splat(tir.load(self.row_term, r, 1), lanes)
-            value = tir.round_multiply(value, multiplier[lanes], lanes, limit=self.spec.limit_scores)
+            value = tir.round_multiply(value, multiplier[lanes], lanes)
             for i, (images, heads, rows) in enumerate(self.spec.additive):
                 image = 0 if images == 1 else TB.floormod(self.image, images)
                 where = [image, 0 if heads == 1 else self.head, 0 if rows == 1 else row + r, column]
                 value = value + tir.load(self.b[f"additive{i}"], where, lanes)
-            tir.store(self.scores, value, r * self.spec.score_columns + column, lanes)
+            tir.store(self.scores, value, r * self.stride + column, lanes)
 
         return sink
 

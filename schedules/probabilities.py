@@ -47,45 +47,53 @@ def _vectors(body: AttentionBody, step: Callable[[Expr, int], None]) -> None:
 
 
 def _maximum(body: AttentionBody, r: Expr, highest: Expr) -> None:
+    """The largest score of a row; what lies beyond the last key is set to FAR."""
     top = tir.scratch(LANES, "int32")
     tir.store(top, tir.constant(FAR, "int32"), 0)
+    row = tir.let(r * body.stride)
 
     def step(column: Expr, valid: int) -> None:
-        at = r * body.spec.score_columns + column
-        value = tir.load(body.scores, at)
+        value = tir.load(body.scores, row + column)
         if valid < LANES:
             value = tir.let(tir.first_lanes(value, valid, FAR))
-            tir.store(body.scores, value, at)
+            tir.store(body.scores, value, row + column)
         tir.store(top, tir.maximum(tir.load(top, 0), value), 0)
 
     _vectors(body, step)
+    for column in range(body.spec.score_columns, body.stride, LANES):
+        tir.store(body.scores, tir.constant(FAR, "int32"), row + column)
     tir.store(highest, tir.intrinsic("llvm.vector.reduce.smax", "int32", tir.load(top, 0)), r, 1)
 
 
 def _exponentials(body: AttentionBody, r: Expr, highest: Expr, factors: Expr) -> None:
-    """numerics.int_exp2 of a row, without its guard bits, and the factor that its sum (with them) gives."""
+    """numerics.int_exp2 of a row, without its guard bits, and the factor that its sum (with them) gives.
+
+    The cubic runs in 16 bits, on 32 lanes: ``(f * x) >> SCORE_BITS`` is the high half of ``(f << 16 - SCORE_BITS) * x``.
+    With its result c in the high half of a word, ``w = (c << 16) >> n`` holds both ``c >> n`` (its high half) and
+    ``(c << guard) >> n = w >> (16 - guard)``.
+    """
     probs = body.spec.probs
-    total = tir.scratch(LANES, "int32")
-    tir.store(total, tir.constant(0, "int32"), 0)
+    total = tir.scratch(LANES, "uint32")
+    tir.store(total, tir.constant(0, "uint32"), 0)
     top = tir.let(tir.splat(tir.load(highest, r, 1)))
-    c0, c1, c2, c3 = (tir.constant(c, "int32") for c in EXP2_COEFFICIENTS)
-    bits, guard = tir.constant(SCORE_BITS, "int32"), tir.constant(probs.guard, "int32")
-
-    def step(column: Expr, valid: int) -> None:
-        at = r * body.spec.score_columns + column
-        d = tir.let(top - tir.load(body.scores, at))
-        f = tir.let(d & tir.constant(2**SCORE_BITS - 1, "int32"))
-        e = tir.let(c2 - ((f * c3) >> bits))
-        e = tir.let(c1 - ((f * e) >> bits))
-        e = c0 - ((f * e) >> bits)
-        e = tir.let((e << guard) >> tir.minimum(d >> bits, tir.constant(31, "int32")))
-        tir.store(body.exponentials, tir.cast(e >> guard, "uint16"), at)
-        tir.store(total, tir.load(total, 0) + e, 0)
-
-    _vectors(body, step)
-    row_sum = tir.intrinsic("llvm.vector.reduce.add", "int32", tir.load(total, 0))
-    divisor = row_sum >> tir.constant(probs.guard, "int32", 1)
-    factor = TB.truncdiv(tir.constant(probs.numerator, "int32", 1), divisor)
+    c0, c1, c2, c3 = (tir.constant(c, "uint16", 2 * LANES) for c in EXP2_COEFFICIENTS)
+    spare = tir.constant(16 - SCORE_BITS, "uint16", 2 * LANES)
+    bits, most, rest = tir.constant(SCORE_BITS, "int32"), tir.constant(31, "int32"), 16 - probs.guard
+    with TB.serial(0, body.stride // (2 * LANES)) as i:
+        at = tir.let(r * body.stride + i * (2 * LANES))
+        d = [tir.let(top - tir.load(body.scores, at + half)) for half in (0, LANES)]
+        f = tir.let(tir.halves(d, high=False) << spare)
+        e = tir.let(c2 - tir.multiply_high(f, c3, 2 * LANES))
+        e = tir.let(c1 - tir.multiply_high(f, e, 2 * LANES))
+        e = tir.let(c0 - tir.multiply_high(f, e, 2 * LANES))
+        n = [tir.cast(tir.minimum(v >> bits, most), "uint32") for v in d]
+        words = [tir.let(word >> shift) for word, shift in zip(tir.high_words(e), n, strict=True)]
+        tir.store(body.exponentials, tir.halves(words, high=True), at, 2 * LANES)
+        for word in words:
+            tir.store(total, tir.load(total, 0) + (word >> tir.constant(rest, "uint32")), 0)
+    row_sum = tir.intrinsic("llvm.vector.reduce.add", "uint32", tir.load(total, 0))
+    divisor = row_sum >> tir.constant(probs.guard, "uint32", 1)
+    factor = TB.truncdiv(tir.constant(probs.numerator, "uint32", 1), divisor)
     tir.store(factors, tir.cast(factor, "uint16", 1), r, 1)
 
 
@@ -96,22 +104,20 @@ def _quantize(body: AttentionBody, r: Expr, factors: Expr) -> None:
     ``e * factor <= numerator < 2**31``; half is a multiple of 2**16, so that the low half of the product never counts.
     """
     probs = body.spec.probs
-    total = tir.scratch(2 * LANES, "uint16")
-    tir.store(total, tir.constant(0, "uint16", 2 * LANES), 0, 2 * LANES)
-    for start, count, lanes in tir.pieces(body.spec.score_columns, 2 * LANES):
-        factor = tir.let(tir.splat(tir.load(factors, r, 1), lanes))
-        half, shift = (tir.constant(c, "uint16", lanes) for c in (1 << (probs.shift - 17), probs.shift - 16))
-        with TB.serial(0, count) as i:
-            column = tir.let(start + i * lanes)
-            at = r * body.spec.score_columns + column
-            p = (tir.multiply_high(tir.load(body.exponentials, at, lanes), factor, lanes) + half) >> shift
-            if (probs.numerator + (1 << (probs.shift - 1))) >> probs.shift > probs.qmax:
-                p = tir.minimum(p, tir.constant(probs.qmax, "uint16", lanes))
-            p = tir.let(p)
-            tir.store(body.probs, body.isa.convert_left(tir.cast(p, "uint8", lanes), "uint8", lanes), at, lanes)
-            tir.store(total, tir.load(total, 0, lanes) + p, 0, lanes)
-    wide = tir.cast(tir.load(total, 0, 2 * LANES), "int32", 2 * LANES)
-    _finish(body, r, wide)
+    lanes = 2 * LANES
+    total = tir.scratch(lanes, "uint16")
+    tir.store(total, tir.constant(0, "uint16", lanes), 0, lanes)
+    factor = tir.let(tir.splat(tir.load(factors, r, 1), lanes))
+    half, shift = (tir.constant(c, "uint16", lanes) for c in (1 << (probs.shift - 17), probs.shift - 16))
+    with TB.serial(0, body.stride // lanes) as i:
+        at = tir.let(r * body.stride + i * lanes)
+        p = (tir.multiply_high(tir.load(body.exponentials, at, lanes), factor, lanes) + half) >> shift
+        if (probs.numerator + (1 << (probs.shift - 1))) >> probs.shift > probs.qmax:
+            p = tir.minimum(p, tir.constant(probs.qmax, "uint16", lanes))
+        p = tir.let(p)
+        tir.store(body.probs, body.isa.convert_left(tir.cast(p, "uint8", lanes), "uint8", lanes), at, lanes)
+        tir.store(total, tir.load(total, 0, lanes) + p, 0, lanes)
+    _finish(body, r, tir.cast(tir.load(total, 0, lanes), "int32", lanes))
 
 
 def _finish(body: AttentionBody, r: Expr, total: Expr) -> None:
@@ -126,7 +132,7 @@ def _sigmoid(body: AttentionBody, r: Expr) -> None:
     tir.store(total, tir.constant(0, "int32"), 0)
 
     def step(column: Expr, valid: int) -> None:
-        at = r * body.spec.score_columns + column
+        at = r * body.stride + column
         t = tir.load(body.scores, at) + tir.constant(1 << (SIGMOID_SHIFT - 1), "int32")
         t = tir.clip(t >> tir.constant(SIGMOID_SHIFT, "int32"), -half, half - 1, "int32")
         tir.store(index, t + tir.constant(half, "int32"), 0)

@@ -7,7 +7,7 @@ decided here, TVM and LLVM only translate them. Vectors of 16 lanes are legalize
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -128,12 +128,10 @@ def clip(value: Expr, low: int | float, high: int | float, dtype: str, lanes: in
     return minimum(maximum(value, constant(low, dtype, lanes)), constant(high, dtype, lanes))
 
 
-def round_multiply(value: Expr, multiplier: Expr, lanes: int = LANES, *, limit: bool = True) -> Expr:
-    """numerics.round_multiply of int32 lanes; `limit=False` where |value * multiplier| <= WIDE_MAX is proved."""
+def round_multiply(value: Expr, multiplier: Expr, lanes: int = LANES) -> Expr:
+    """numerics.round_multiply of int32 lanes."""
     scaled = cast(value, "float32", lanes) * multiplier
-    if limit:
-        scaled = clip(scaled, float(-WIDE_MAX), float(WIDE_MAX), "float32", lanes)
-    return rint(scaled, lanes)
+    return rint(clip(scaled, float(-WIDE_MAX), float(WIDE_MAX), "float32", lanes), lanes)
 
 
 def multiply_high(a: Expr, b: Expr, lanes: int) -> Expr:
@@ -144,7 +142,32 @@ def multiply_high(a: Expr, b: Expr, lanes: int) -> Expr:
 
 def shuffle(value: Expr, indices: list[int]) -> Expr:
     """Lanes of `value` picked by constant positions."""
-    return tvm.tirx.Shuffle([value], [tvm.tirx.const(i, "int32") for i in indices])
+    return pick([value], indices)
+
+
+def pick(vectors: list[Expr], indices: Iterable[int]) -> Expr:
+    """Lanes of several vectors picked by constant positions, counted through all of them."""
+    return tvm.tirx.Shuffle(vectors, [tvm.tirx.const(i, "int32") for i in indices])
+
+
+def halves(words: list[Expr], high: bool) -> Expr:
+    """The low or high 16 bits of two vectors of 32-bit lanes, as one vector of twice as many uint16 lanes.
+
+    As a shuffle of words this is one instruction on AVX-512 (vpermt2w) and NEON (uzp1, uzp2); a conversion by value
+    becomes several.
+    """
+    words = [reinterpret(w, f"uint16x{2 * LANES}") for w in words]
+    return pick(words, range(int(high), 4 * LANES, 2))
+
+
+def high_words(halfwords: Expr) -> list[Expr]:
+    """32 uint16 lanes as the high halves of 2 x 16 uint32 lanes whose low halves are 0; the inverse of `halves`."""
+    zero = constant(0, "uint16", 2 * LANES)
+    result = []
+    for start in (2 * LANES, 3 * LANES):
+        indices = [i for lane in range(start, start + LANES) for i in (0, lane)]
+        result.append(reinterpret(pick([zero, halfwords], indices), f"uint32x{LANES}"))
+    return result
 
 
 def ceildiv(a: int, b: int) -> int:
@@ -154,8 +177,7 @@ def ceildiv(a: int, b: int) -> int:
 def interleave(vectors: list[Expr], lanes: int) -> Expr:
     """``v0[0] v1[0] .. v0[1] v1[1] ..`` of equally long vectors (int8; `lanes` may be 1)."""
     count = len(vectors)
-    order = [tvm.tirx.const(i * lanes + j, "int32") for j in range(lanes) for i in range(count)]
-    return tvm.tirx.Shuffle(vectors, order)
+    return pick(vectors, [i * lanes + j for j in range(lanes) for i in range(count)])
 
 
 def first_lanes(value: Expr, valid: int, otherwise: int) -> Expr:
