@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class Percentile(Recipe):
     """The quantization frame of RepQ-ViT with uniform quantizers only.
 
-    Activations: of the quantiles in `percentiles` the one with the smallest squared error. LayerNorm
+    Activations: of the quantiles in `percentiles` the one with the smallest squared error; at 8 bits the
+    widest, since clipped values hurt the logits more than their squared error says. LayerNorm
     outputs: a range per channel, folded exactly into gamma, beta and the following linear layers
     (`calibrate.reparameterize`). Weights: their whole range at 8 bits, below it a squared-error search,
     after folding.
@@ -36,7 +37,8 @@ class Percentile(Recipe):
         from tvm_vitq.calibrate import fit, searches
         from tvm_vitq.calibrate.reparameterize import find_folds, fold_layer_norms, observe_with_folds
 
-        rule = searches.percentile(self.percentiles)
+        widest = searches.percentile((max(self.percentiles),))
+        rule = searches.by_bits(searches.percentile(self.percentiles), widest)
         folds = find_folds(job) if self.fold else []
         views = fit.activation_views(job) | fit.probability_views(job)
         summaries = observe_with_folds(job, folds, views, 1.0 - min(self.percentiles))
