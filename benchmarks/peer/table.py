@@ -15,7 +15,7 @@ def table(summary: dict[str, Any]) -> str:
         ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
         "",
         f"{'engine':16}{'precision':19}{'wall ms':>9}{'p10–p90':>15}{'min':>8}{'cpu ms':>9}"
-        f"{'× ' + str(summary['base']):>12}{'p10–p90':>13}{'SQNR dB':>9}  note",
+        f"{'× ' + str(summary['base']):>17}{'p10–p90':>13}{'SQNR dB':>9}  note",
     ]
     for row in summary["peers"]:
         head = f"{row['engine']:16}{row['precision']:19}"
@@ -25,7 +25,7 @@ def table(summary: dict[str, Any]) -> str:
         wall, cpu, ratio = row["wall_ms"], row["cpu_ms"], row["ratio"]
         lines.append(
             f"{head}{wall['median']:9.2f}{_range(wall, 1):>15}{row['min_ms']:8.2f}{cpu['median']:9.2f}"
-            f"{ratio['median']:12.2f}{_range(ratio, 2):>13}{row['sqnr_db']:9.1f}  {row['note']}"
+            f"{ratio['median']:17.2f}{_range(ratio, 2):>13}{row['sqnr_db']:9.1f}  {row['note']}"
         )
     lines.append("")
     waited = summary["waited_for_a_core"]
