@@ -16,6 +16,7 @@ from tvm import relax
 
 from tvm_vitq import settings
 from tvm_vitq.plan import QuantPlan
+from tvm_vitq.relax_passes.decompose_canonical import decompose_canonical
 from tvm_vitq.relax_passes.fuse_epilogues import fuse_epilogues
 from tvm_vitq.relax_passes.fuse_views import fuse_views
 from tvm_vitq.relax_passes.lower_kernels import lower_kernels
@@ -35,9 +36,11 @@ def realize_passes(plan: QuantPlan) -> list[tuple[str, Pass]]:
 def lower_passes(profile: TargetProfile) -> list[tuple[str, Pass]]:
     """From the integer graph to scheduled kernels of one target."""
     return [
+        ("decompose_canonical", decompose_canonical()),  # what realize left in float
         ("fuse_epilogues", fuse_epilogues),
         ("fuse_views", fuse_views),
         ("lower_kernels", lambda mod: lower_kernels(mod, profile)),
+        ("decompose", relax.transform.DecomposeOpsForInference()),
         ("legalize", relax.transform.LegalizeOps()),
         ("free_reshapes", relax.transform.RewriteDataflowReshape()),  # before fusion would make copies of them
         ("annotate_patterns", relax.transform.AnnotateTIROpPattern()),
