@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from tvm_vitq.numerics import Output
 from tvm_vitq.schedules import packing, probabilities, tir
 from tvm_vitq.schedules.isa import Sink
 from tvm_vitq.schedules.kernel import Split
@@ -14,6 +15,9 @@ from tvm_vitq.schedules.tir import LANES, TB, Expr, pieces
 
 if TYPE_CHECKING:
     from tvm_vitq.schedules.attention import Attention, View
+
+WIDE = Output("int32")
+"""The limits of numerics.round_multiply."""
 
 
 class Panels:
@@ -187,7 +191,8 @@ class AttentionBody:
         def sink(r: int, column: Expr, value: Expr, lanes: int) -> None:
             value = value + tir.load(self.key_correction, column, lanes)
             value = value + tir.splat(tir.load(self.row_term, r, 1), lanes)
-            value = tir.round_multiply(value, multiplier[lanes], lanes)
+            zero = zero_lanes(None, WIDE, lanes, self.isa.saturating_rint)
+            value = requantize(value, multiplier[lanes], zero, WIDE, lanes)
             for i, (images, heads, rows) in enumerate(self.spec.additive):
                 image = 0 if images == 1 else TB.floormod(self.image, images)
                 where = [image, 0 if heads == 1 else self.head, 0 if rows == 1 else row + r, column]
@@ -233,7 +238,8 @@ class AttentionBody:
         spec, out = self.spec, self.spec.out
         multiplier = tir.let(tir.load(self.b["multiplier"], self.head, 1))
         for start, count, lanes in pieces(spec.dv):
-            zero = zero_lanes(tir.let(tir.splat(self.zero[3], lanes) if lanes > 1 else self.zero[3]), out, lanes)
+            zero_point = tir.let(tir.splat(self.zero[3], lanes) if lanes > 1 else self.zero[3])
+            zero = zero_lanes(zero_point, out, lanes, self.isa.saturating_rint)
             scale = tir.let(tir.splat(multiplier, lanes)) if lanes > 1 else multiplier
             with TB.serial(0, rows) as r:
                 term = tir.load(self.row_term, r, 1)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from tvm_vitq.errors import VitqError, nearest
 from tvm_vitq.schedules import tir
+from tvm_vitq.schedules.requantize import SaturatingRint
 from tvm_vitq.schedules.tir import TB, Expr
 
 Left = Callable[[int, Expr, int], Expr]
@@ -62,6 +63,8 @@ class Isa:
         The default register tile.
     has_side : bool
         `matmul` takes `side`: its inner loop leaves issue slots for scalar work.
+    saturating_rint : function or None
+        float32 to int32 as one instruction that saturates, if there is one; outputs are then clipped as integers.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Isa:
     instruction: str
     tile: Tile
     has_side: bool = False
+    saturating_rint: SaturatingRint | None = None
 
     def left_dtype(self, source: str) -> str:
         """The type in which left operands given as `source` (int8 or uint8) are read; another type means staging."""

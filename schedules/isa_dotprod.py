@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tvm_vitq.schedules import tir
+from tvm_vitq.schedules.aarch64 import SignedLeft
 from tvm_vitq.schedules.isa import Left, Right, Side, Sink, Tile
-from tvm_vitq.schedules.isa_neon import SignedLeft
 from tvm_vitq.schedules.tir import TB
 
 _SDOT = "llvm.aarch64.neon.sdot.v4i32.v16i8"
@@ -14,7 +14,6 @@ class Dotprod(SignedLeft):
     """Four depths of a row are taken straight out of a register of 16, by element: nothing is broadcast."""
 
     name = "dotprod"
-    lanes = 4
     step = 4
     unit = 16
     instruction = "sdot"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import tvm
-
 from tvm_vitq.schedules import tir
-from tvm_vitq.schedules.isa import Isa, Left, Right, Side, Sink, Tile
-from tvm_vitq.schedules.tir import TB, Expr
+from tvm_vitq.schedules.aarch64 import Aarch64
+from tvm_vitq.schedules.isa import Left, Right, Side, Sink, Tile
+from tvm_vitq.schedules.tir import TB
 
 _INTRINSIC = {
     "int8": "llvm.aarch64.neon.smmla.v4i32.v16i8",
@@ -16,14 +13,13 @@ _INTRINSIC = {
 }
 
 
-class I8mm(Isa):
+class I8mm(Aarch64):
     """Rows are taken in pairs; of an odd number the last one is paired with itself.
 
     uint8 left operands have an instruction of their own (usmmla), so nothing is ever converted.
     """
 
     name = "i8mm"
-    lanes = 4
     step = 8
     unit = 8
     instruction = "smmla"
@@ -47,12 +43,13 @@ class I8mm(Isa):
         width = self._width(columns)
         vectors = width // 2
         with TB.serial(0, columns // width) as i:
-            acc = [[tir.scratch(4, "int32") for _ in range(vectors)] for _ in range(pairs)]
-            for register in (b for line in acc for b in line):
-                tir.store(register, tir.constant(0, "int32", 4), 0, 4)
+            acc = [[self.accumulator() for _ in range(vectors)] for _ in range(pairs)]
             with TB.serial(0, depth // self.unit) as block:
                 x = [left(r, block * self.unit, 8) for r in range(rows)]
-                x = [tir.let(_join(x[2 * p], x[min(2 * p + 1, rows - 1)], range(16))) for p in range(pairs)]
+                x = [
+                    tir.let(tir.pick([x[2 * p], x[min(2 * p + 1, rows - 1)]], range(16)))
+                    for p in range(pairs)
+                ]
                 for v in range(vectors):
                     w = tir.let(right(block * (self.unit * columns) + i * (width * 8) + v * 16, 16))
                     for p in range(pairs):
@@ -62,13 +59,8 @@ class I8mm(Isa):
                     side(i * (depth // self.unit) + block)
             for r in range(rows):
                 for v in range(0, vectors, 2):
-                    a, b = (tir.load(acc[r // 2][v + j], 0, 4) for j in (0, 1))
-                    sink(r, i * width + 2 * v, _join(a, b, (2, 3, 6, 7) if r % 2 else (0, 1, 4, 5)), 4)
-
-
-def _join(a: Expr, b: Expr, lanes: Iterable[int]) -> Expr:
-    """Lanes picked from two vectors, counting those of b after those of a."""
-    return tvm.tirx.Shuffle([a, b], [tvm.tirx.const(i, "int32") for i in lanes])
+                    both = [tir.load(acc[r // 2][v + j], 0, 4) for j in (0, 1)]
+                    sink(r, i * width + 2 * v, tir.pick(both, (2, 3, 6, 7) if r % 2 else (0, 1, 4, 5)), 4)
 
 
 ISA = I8mm()

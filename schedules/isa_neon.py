@@ -3,31 +3,9 @@
 from __future__ import annotations
 
 from tvm_vitq.schedules import tir
-from tvm_vitq.schedules.isa import Isa, Left, Right, Side, Sink, Tile
+from tvm_vitq.schedules.aarch64 import SignedLeft
+from tvm_vitq.schedules.isa import Left, Right, Side, Sink, Tile
 from tvm_vitq.schedules.tir import TB, Expr
-
-
-class SignedLeft(Isa):
-    """AArch64 without products of mixed signs: uint8 left operands are read as ``value - 128``."""
-
-    def left_dtype(self, source: str) -> str:
-        return "int8"
-
-    def offset(self, source: str) -> int:
-        return -128 if source == "uint8" else 0
-
-    def convert_left(self, value: Expr, source: str, lanes: int) -> Expr:
-        if source == "int8":
-            return value
-        flipped = value ^ tir.constant(128, "uint8", lanes)
-        return tir.reinterpret(flipped, "int8" if lanes == 1 else f"int8x{lanes}")
-
-    @staticmethod
-    def accumulator() -> Expr:
-        """One register of int32 sums, cleared."""
-        register = tir.scratch(4, "int32")
-        tir.store(register, tir.constant(0, "int32", 4), 0, 4)
-        return register
 
 
 class Neon(SignedLeft):
@@ -39,7 +17,6 @@ class Neon(SignedLeft):
     """
 
     name = "neon"
-    lanes = 4
     step = 16
     unit = 16
     instruction = "smlal2"

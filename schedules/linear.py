@@ -358,7 +358,7 @@ class _Emitter:
         for c in range(0, columns, GROUP):
             bias = tir.let(tir.load(self.b["bias"], column + c))
             multiplier = tir.let(tir.load(self.b["multiplier"], column + c))
-            zero = zero_lanes(self._zero_point(column + c), out)
+            zero = zero_lanes(self._zero_point(column + c), out, GROUP, self.isa.saturating_rint)
             for r in range(rows):
                 value = tir.load(sums, r * columns + c) + bias
                 value = requantize(value, multiplier, zero, out)

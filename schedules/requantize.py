@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm_vitq.numerics import WIDE_MAX, Output
@@ -11,6 +12,9 @@ from tvm_vitq.schedules.tir import LANES, Expr
 ZERO_POINTS = ("none", "scalar", "vector")
 """Zero point of an output: 0, one number, or one per column."""
 
+SaturatingRint = Callable[[Expr, int], Expr]
+"""float32 lanes and their number -> int32 lanes, ties to even, with saturation."""
+
 
 @dataclass(frozen=True)
 class Zero:
@@ -19,20 +23,31 @@ class Zero:
     ``clip(rint(clip(x, +-WIDE_MAX)) + zero, qmin, qmax) == rint(clip(x, low, high)) + zero`` with
     ``low = max(qmin - zero, -WIDE_MAX)`` and high alike: rounding is monotone and leaves the integers low and high as
     they are. float32 holds both exactly. Requires |zero| <= 2**23.
+
+    Where float32 is converted to int32 with saturation, the clip comes after it, on integers: low and high are then
+    int32 lanes.
     """
 
     value: Expr | None
     low: Expr
     high: Expr
+    saturating_rint: SaturatingRint | None = None
 
 
-def zero_lanes(zero: Expr | None, out: Output, lanes: int = LANES) -> Zero:
+def zero_lanes(
+    zero: Expr | None, out: Output, lanes: int = LANES, saturating_rint: SaturatingRint | None = None
+) -> Zero:
     """Prepares a zero point (int32 lanes, None for 0); evaluate once per column, not per row."""
     if zero is None:
         low, high = max(out.qmin, -WIDE_MAX), min(out.qmax, WIDE_MAX)
+        if saturating_rint:
+            bounds = (tir.constant(bound, "int32", lanes) for bound in (low, high))
+            return Zero(None, *bounds, saturating_rint)
         return Zero(None, tir.constant(float(low), "float32", lanes), tir.constant(float(high), "float32", lanes))
     low = tir.maximum(tir.constant(out.qmin, "int32", lanes) - zero, tir.constant(-WIDE_MAX, "int32", lanes))
     high = tir.minimum(tir.constant(out.qmax, "int32", lanes) - zero, tir.constant(WIDE_MAX, "int32", lanes))
+    if saturating_rint:
+        return Zero(zero, tir.let(low), tir.let(high), saturating_rint)
     return Zero(zero, tir.let(tir.cast(low, "float32", lanes)), tir.let(tir.cast(high, "float32", lanes)))
 
 
@@ -56,5 +71,8 @@ def requantize(value: Expr, multiplier: Expr, zero: Zero, out: Output, lanes: in
             rounded = rounded + zero.value
         return tir.clip(rounded, out.qmin, out.qmax, "int32", lanes)
     scaled = tir.cast(value, "float32", lanes) * multiplier
-    rounded = tir.rint(tir.minimum(tir.maximum(scaled, zero.low), zero.high), lanes)
+    if zero.saturating_rint:
+        rounded = tir.minimum(tir.maximum(zero.saturating_rint(scaled, lanes), zero.low), zero.high)
+    else:
+        rounded = tir.rint(tir.minimum(tir.maximum(scaled, zero.low), zero.high), lanes)
     return rounded if zero.value is None else rounded + zero.value
