@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tvm_vitq.errors import VitqError
+from tvm_vitq.plan import QuantPlan
 from tvm_vitq.quantized_model import QuantizedModel
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def quantize(
     checkpoint: str | os.PathLike[str] | None = None,
     pretrained: bool = False,
     overrides: Mapping[str, Any] | None = None,
+    plan: QuantPlan | str | os.PathLike[str] | None = None,
     requantize: str = "multiply",
     strict: bool = False,
     seed: int = 0,
@@ -44,6 +46,8 @@ def quantize(
     batch : images per call of the compiled library, fixed at build.
     checkpoint : .safetensors, .pth or .pt file for a timm name; pretrained : let timm fetch its weights.
     overrides : bits and granularity of single sites: {"blocks.*.mlp.fc2.input": {"bits": 8}}, last match wins.
+    plan : a plan, or its JSON file, to start from: recipe, requantization, bits and granularity of every site are taken
+        from it, edited by hand or not; `overrides` still win; scales are fitted anew.
     requantize : "multiply" (any scale) or "shift" (powers of two, for shift-only hardware).
     strict : refuse a model that keeps float operators.
     seed : of everything random in calibration.
@@ -55,10 +59,16 @@ def quantize(
     from tvm_vitq.calibrate import calibrate
     from tvm_vitq.frontend import import_model
     from tvm_vitq.pipeline import realize_passes, run_passes
+    from tvm_vitq.relax_passes.sites import list_sites
 
     imported = import_model(
         model, input_shape=input_shape, batch=batch, checkpoint=checkpoint, pretrained=pretrained
     )
+    if plan is not None:
+        given = plan if isinstance(plan, QuantPlan) else QuantPlan.load(plan)
+        given.check(site.name for site in list_sites(imported.mod))
+        bits, recipe, requantize = given.bits, given.recipe, given.requantize
+        overrides = {**given.asked(), **(overrides or {})}
     calibrated = calibrate(
         imported,
         bits=bits,

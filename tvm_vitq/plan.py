@@ -218,6 +218,14 @@ class QuantPlan:
                 fix="quantize the model anew, or copy the missing sites from a plan of the same model",
             )
 
+    def asked(self) -> dict[str, dict[str, Any]]:
+        """Bits and granularity of every site, in the form of `overrides`: what a recipe fits numbers to."""
+        names = [*self.sites, *self.aliases]
+        return {
+            name: {"bits": q.bits, "granularity": q.granularity, "group_size": q.group_size}
+            for name, q in ((name, self[name]) for name in names)
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data; defaults of a site are left out, so that plans stay readable."""
         data: dict[str, Any] = {"format": FORMAT, "format_version": self.format_version}

@@ -35,6 +35,7 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
         help="bits or JSON for sites by name or pattern: 'blocks.*.mlp.fc2.input=8', "
         "'*.weight={\"granularity\": \"group\", \"group_size\": 32}'; the last match wins",
     )
+    group.add_argument("--from-plan", metavar="FILE", help="take recipe, bits and granularities from a plan (JSON)")
     group.add_argument("--requantize", default="multiply", help="multiply (default), or shift: powers of two only")
     group.add_argument("--strict", action="store_true", help="refuse a model that keeps float operators")
     group.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
@@ -51,6 +52,7 @@ def quantization(arguments: argparse.Namespace) -> dict[str, Any]:
         "input_shape": arguments.input_shape,
         "batch": arguments.batch,
         "overrides": dict(_override(text) for text in arguments.override) or None,
+        "plan": arguments.from_plan,
         "requantize": arguments.requantize,
         "strict": arguments.strict,
         "seed": arguments.seed,
