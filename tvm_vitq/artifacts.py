@@ -29,7 +29,9 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         with file.open("rb") as stream:
             start = stream.read(64)
     except OSError as error:
-        raise VitqError("cannot read the file", where=file, got=error.strerror, fix="check the path") from error
+        raise VitqError(
+            "cannot read the file", where=file, got=error.strerror, fix="check the path"
+        ) from error
     if start.startswith(b"\x7fELF"):
         return "library"
     if zipfile.is_zipfile(file) or start.startswith(b"PK\x03\x04"):
@@ -96,13 +98,16 @@ def describe(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     head = {"file": str(path), "kind": kind, "file_bytes": size}
     first = render.fields({"file": f"{path}  ({kind}, {render.size(size)})"})
     if kind == "plan":
-        return {**head, "hash": artifact.hash, "plan": artifact.to_dict()}, f"{first}\n{render.plan_text(artifact)}"
+        text = render.plan_text(artifact)
+        return {**head, "hash": artifact.hash, "plan": artifact.to_dict()}, f"{first}\n{text}"
     if kind == "library":
         info = artifact.info
-        machine = render.fields({"needs": " ".join(info.target.features) or "nothing beyond the architecture"})
-        versions = render.fields({"versions": ", ".join(f"{k} {v}" for k, v in info.versions.items())})
-        text = render.report_text(info.report) if "macs" in info.report else render.fields({"model": info.model})
-        return {**head, **info.to_json()}, f"{first}\n{machine}\n{versions}\n{text}"
+        about = {
+            "needs": " ".join(info.target.features) or "nothing beyond the architecture",
+            "versions": ", ".join(f"{name} {version}" for name, version in info.versions.items()),
+        }
+        text = render.report_text(info.report)
+        return {**head, **info.to_json()}, f"{first}\n{render.fields(about)}\n{text}"
     from tvm_vitq.report import quantized_report
 
     report = quantized_report(artifact)

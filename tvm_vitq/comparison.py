@@ -36,9 +36,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Row:
-    """A subject's result. flips : images classified otherwise than by the float model, None without one.
+    """A subject's result.
 
-    equal_logits : logits equal in every bit to those of the first row of the same plan, None if it is that row.
+    flips : images classified otherwise than by the float model, None without one.
+    equal_logits : logits equal in every bit to those of the first row of the same plan, None for that row.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Comparison:
         """
         floats = [row for row in self.rows if row.form == "float"]
         if max_drop is not None and not floats:
-            raise VitqError("there is no float model to compare with", where="max_drop", fix="name it as well")
+            raise VitqError("no float model to compare with", where="max_drop", fix="name it as well")
         compared = [row for row in self.rows if row.equal_logits is not None]
         if exact and not compared:
             raise VitqError(
@@ -116,8 +117,8 @@ def compare(
 
     Parameters
     ----------
-    subjects : libraries, quantized models, and names of float models. If none of them is a float model and the
-        first came from a reference model, that one joins.
+    subjects : libraries, quantized models, and names of float models. If none of them is a float model and
+        the first came from a reference model, that one joins.
     data, limit : see `tvm_vitq.datasets.load_dataset`.
     emulate : run AArch64 libraries under qemu.
     checkpoint, pretrained : weights of the float models.
@@ -174,8 +175,8 @@ def rows_of(subjects: Sequence[Subject], results: Sequence[Accuracy]) -> list[Ro
 
 def equal_bits(a: np.ndarray, b: np.ndarray) -> int:
     """How many float32 values have the same bits in both arrays."""
-    same = np.ascontiguousarray(a, np.float32).view(np.uint32) == np.ascontiguousarray(b, np.float32).view(np.uint32)
-    return int(same.sum())
+    left, right = (np.ascontiguousarray(v, np.float32).view(np.uint32) for v in (a, b))
+    return int((left == right).sum())
 
 
 def _file(path: str | os.PathLike[str], emulate: bool) -> Subject:
@@ -200,7 +201,7 @@ def _file(path: str | os.PathLike[str], emulate: bool) -> Subject:
 
 
 def emulated(library: Path, info: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """An AArch64 library as a function of any number of images, run by qemu on a CPU with its instructions."""
+    """An AArch64 library as a function of any number of images, run by qemu on a fitting CPU."""
     from tvm_vitq import emulate
 
     batch = info.input_shape[0]
@@ -222,7 +223,7 @@ def _float(
     from tvm_vitq.refmodels import load_model
 
     if name.endswith(".onnx"):
-        raise VitqError("float evaluation of ONNX files is not supported", where=name, fix="name the timm model")
+        raise VitqError("ONNX files cannot be evaluated in float", where=name, fix="name the timm model")
     if name.startswith(REFMODEL):
         module = load_model(name.removeprefix(REFMODEL))
     else:

@@ -42,10 +42,9 @@ def load_dataset(
 
     Parameters
     ----------
-    source : "refmodel" (test images of the reference models); an .npz file with arrays `images` (float32
-        (N, 3, H, W), normalized; or uint8 (N, H, W, 3), then normalized as `preprocessing` says) and `labels`;
-        or a folder with one folder per class, in alphabetical order of their labels (as torchvision's
-        ImageFolder).
+    source : "refmodel" (test images of the reference models); an .npz file with arrays `labels` and `images`
+        (float32 (N, 3, H, W), normalized; or uint8 (N, H, W, 3), then normalized as `preprocessing` says); or
+        a folder with one folder per class, in alphabetical order of their labels (torchvision's ImageFolder).
     input_shape : of the model, (batch, 3, H, W).
     preprocessing : of the model: mean, std, and for folders crop_pct and interpolation.
     limit : images used at most, evenly spread.
@@ -153,12 +152,13 @@ def _folder(
             where=folder,
             expected="one folder of images per class, in alphabetical order of their labels",
         )
+    size = tuple(input_shape[1:])
     chosen = [found[i] for i in _spread(len(found), limit)]
 
     def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, len(chosen), 64):
             part = chosen[start : start + 64]
-            images = [read_image(file, tuple(input_shape[1:]), preprocessing or {}).numpy() for file, _ in part]
+            images = [read_image(file, size, preprocessing or {}).numpy() for file, _ in part]
             yield np.stack(images), np.array([label for _, label in part])
 
     return Dataset(folder.name, len(chosen), batches)

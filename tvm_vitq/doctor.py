@@ -1,4 +1,4 @@
-"""What this machine can do with tvm-vitq: versions, instruction sets, tools, settings, and what is missing."""
+"""What this machine can do with tvm-vitq: versions, instruction sets, tools, settings; what is missing."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ class Diagnosis:
             "settings": fields(self.settings),
         }
         text = "\n\n".join(f"{name}\n{_indented(part)}" for name, part in parts.items())
-        return f"{text}\n\nready for: {', '.join(self.ready) or 'nothing'}; missing: {', '.join(self.missing) or 'nothing'}"
+        ready, missing = (", ".join(names) or "nothing" for names in (self.ready, self.missing))
+        return f"{text}\n\nready for: {ready}; missing: {missing}"
 
 
 def diagnose() -> Diagnosis:
@@ -129,7 +130,7 @@ def _versions() -> dict[str, str]:
 
 
 def _tvm_fault() -> str | None:
-    """Why TVM cannot be used: its FFI crashes the process where the two versions do not fit, hence a child."""
+    """Why TVM cannot be used: its FFI crashes the process where the versions do not fit, hence a child."""
     if importlib.util.find_spec("tvm") is None:
         return "apache-tvm is not installed"
     done = subprocess.run([sys.executable, "-c", _ROUND_TRIP], capture_output=True, text=True, check=False)
@@ -169,7 +170,8 @@ def _targets() -> list[Target]:
     found = []
     for isa in targets.ISAS:
         if here is not None and isa.arch == here.arch:
-            lacking = [need for need in isa.needs if need not in here.llvm_features and need in cpu.KERNEL_NAME[isa.arch]]
+            known = cpu.KERNEL_NAME[isa.arch].keys() & set(isa.needs)
+            lacking = sorted(known - here.llvm_features)
             state = f"compiles; this CPU lacks {' '.join(lacking)}" if lacking else "runs here"
         elif isa.arch == "aarch64":
             reason = emulate.missing()

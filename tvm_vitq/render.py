@@ -70,7 +70,9 @@ def report_text(report: Mapping[str, Any]) -> str:
         head["kernels"] = f"{len(report['kernels'])}: {tuned} tuned, {len(report['kernels']) - tuned} default"
         head["compile time"] = f"{report['compile_seconds']} s"
     if "output" in report:
-        head["written"] = report["output"] + (f"  {size(report['file_bytes'])}" if "file_bytes" in report else "")
+        head["written"] = report["output"]
+    if "file_bytes" in report:
+        head["file size"] = size(report["file_bytes"])
     parts = [fields(head), kernels_text(report.get("kernels", ()))]
     parts += [f"warning: {warning}" for warning in report["warnings"]]
     return "\n".join(part for part in parts if part)

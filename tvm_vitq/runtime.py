@@ -32,7 +32,8 @@ _CPU, _POOLED = 1, 2  # kDLCPU; AllocatorType::kPooled
 class KernelTime(NamedTuple):
     """Share of one kernel, or of one function of the runtime, in a call of a library.
 
-    name : as in the build report's table of kernels; calls : per call of the library; milliseconds : all of them.
+    name : as in the build report's table of kernels.
+    calls : per call of the library; milliseconds : of all of them together.
     """
 
     name: str
@@ -151,8 +152,8 @@ class Library:
     def profile(self, x: Any = None, *, repeat: int = 20) -> list[KernelTime]:
         """Time of every kernel within a call, by wall clock, the slowest first.
 
-        The virtual machine reports each call; that costs a few microseconds per kernel, which `benchmark` does
-        not have, and which is not counted here.
+        The virtual machine reports each call; that costs a few microseconds per kernel, which are not counted
+        here and which `benchmark` does not have.
 
         Parameters
         ----------

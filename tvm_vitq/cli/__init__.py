@@ -1,4 +1,4 @@
-"""The command `vitq`: one verb per file, each of which only calls public functions and shows what they return.
+"""The command `vitq`: one verb per file; each only calls public functions and shows what they return.
 
 Exit codes: 0 done, 1 a threshold was missed (`--min-top1`, a failed check), 2 wrong usage or an error told
 as VitqError, 130 interrupted.

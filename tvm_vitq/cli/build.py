@@ -12,7 +12,7 @@ HELP = "compile a quantized model, or quantize and compile a model, to a library
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, target, where to write, and everything that `tvm_vitq.quantize` takes."""
-    parser.add_argument("model", metavar="MODEL", help=f"a .vitq file of `vitq quantize`; or {options.MODEL_HELP}")
+    parser.add_argument("model", metavar="MODEL", help=f".vitq file of `vitq quantize`, {options.MODEL_HELP}")
     parser.add_argument(
         "-t",
         "--target",

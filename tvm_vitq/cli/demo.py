@@ -6,12 +6,12 @@ import argparse
 
 from tvm_vitq.cli.outcome import Outcome
 
-HELP = "quantize, compile and evaluate the reference models, for this machine and for AArch64, within two minutes"
+HELP = "quantize, compile and evaluate the reference models, for this machine and for AArch64"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """How much is done."""
-    parser.add_argument("--images", type=int, default=2000, metavar="N", help="test images (default: 2000, at most 4000)")
+    parser.add_argument("--images", type=int, default=2000, metavar="N", help="test images (default: 2000)")
     parser.add_argument(
         "--rows",
         nargs="+",

@@ -15,22 +15,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "subjects",
         nargs="+",
         metavar="X",
-        help="library (.so), quantized model (.vitq), or float model (timm name, refmodel:...); thresholds apply to "
-        "the first; refmodel: names bring their float model by themselves",
+        help="library (.so), quantized model (.vitq), or float model (timm name, refmodel:...); thresholds "
+        "apply to the first; what came from a refmodel: is compared with that by itself",
     )
     parser.add_argument(
         "--data",
         required=True,
-        help="refmodel (test images of the reference models), folder with one folder per class, or .npz file with "
-        "arrays images and labels",
+        help="refmodel (test images of the reference models), folder with one folder per class, or .npz file "
+        "with arrays images and labels",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="images used at most, evenly spread")
     parser.add_argument("--emulate", action="store_true", help="run AArch64 libraries under qemu")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights of the float model")
     parser.add_argument("--pretrained", action="store_true", help="let timm fetch the float model's weights")
-    parser.add_argument("--min-top1", type=float, metavar="PERCENT", help="fail (exit code 1) below this accuracy")
-    parser.add_argument("--max-drop", type=float, metavar="POINTS", help="fail if this much below the float model")
-    parser.add_argument("--exact", action="store_true", help="fail unless libraries and references agree in every bit")
+    parser.add_argument("--min-top1", type=float, metavar="PERCENT", help="fail below this accuracy")
+    parser.add_argument(
+        "--max-drop", type=float, metavar="POINTS", help="fail if this much below the float model"
+    )
+    parser.add_argument("--exact", action="store_true", help="fail unless integer results agree in every bit")
 
 
 def run(arguments: argparse.Namespace) -> Outcome:

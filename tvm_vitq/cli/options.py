@@ -8,35 +8,41 @@ from typing import Any
 
 from tvm_vitq.errors import VitqError
 
-MODEL_HELP = 'timm name, .onnx file, or a model of the package: "refmodel:vit", "refmodel:swin", each also "..._outlier"'
+MODEL_HELP = (
+    "timm name, .onnx file, or a model of the package: refmodel:vit, refmodel:swin, each also ..._outlier"
+)
 
 
 def add_quantization(parser: argparse.ArgumentParser) -> None:
     """Everything that `tvm_vitq.quantize` takes."""
     group = parser.add_argument_group("quantization")
-    group.add_argument("--bits", default="w8a8", help="w<weight bits>a<activation bits>, 2 to 8 each (default: w8a8)")
+    group.add_argument("--bits", default="w8a8", help="w<weights>a<activations>, 2 to 8 each (default: w8a8)")
     group.add_argument("--recipe", default="percentile", help="percentile (default), minmax or mse")
     group.add_argument(
         "--calibration",
         default="none",
         metavar="DATA",
-        help="folder of images, .npy file with float32 (N, 3, H, W) normalized images, refmodel, or none (default: "
-        "images are synthesized)",
+        help="folder of images, .npy file with float32 (N, 3, H, W) normalized images, refmodel, or none "
+        "(default: images are synthesized)",
     )
-    group.add_argument("--checkpoint", metavar="FILE", help="weights for a timm name: .safetensors, .pth, .pt")
+    group.add_argument("--checkpoint", metavar="FILE", help="weights of a timm name: .safetensors, .pth")
     group.add_argument("--pretrained", action="store_true", help="let timm fetch its pretrained weights")
-    group.add_argument("--input-shape", type=_shape, metavar="3,H,W", help="if the model takes sizes other than its own")
-    group.add_argument("--batch", type=int, default=1, help="images per call, fixed from here on (default: 1)")
+    group.add_argument(
+        "--input-shape", type=_shape, metavar="3,H,W", help="a size other than the model's own"
+    )
+    group.add_argument("--batch", type=int, default=1, help="images per call (default: 1)")
     group.add_argument(
         "--override",
         action="append",
         default=[],
         metavar="SITE=SPEC",
         help="bits or JSON for sites by name or pattern: 'blocks.*.mlp.fc2.input=8', "
-        "'*.weight={\"granularity\": \"group\", \"group_size\": 32}'; the last match wins",
+        '\'*.weight={"granularity": "group", "group_size": 32}\'; the last match wins',
     )
-    group.add_argument("--from-plan", metavar="FILE", help="take recipe, bits and granularities from a plan (JSON)")
-    group.add_argument("--requantize", default="multiply", help="multiply (default), or shift: powers of two only")
+    group.add_argument(
+        "--from-plan", metavar="FILE", help="take recipe, bits and granularities from a plan (JSON)"
+    )
+    group.add_argument("--requantize", default="multiply", help="multiply (default) or shift (powers of two)")
     group.add_argument("--strict", action="store_true", help="refuse a model that keeps float operators")
     group.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
 

@@ -13,7 +13,7 @@ HELP = "quantize a model after training; writes a .vitq file that builds for any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, where to write, and everything that `tvm_vitq.quantize` takes."""
     parser.add_argument("model", metavar="MODEL", help=options.MODEL_HELP)
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="quantized model to write (.vitq)")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="model to write (.vitq)")
     parser.add_argument("--plan", metavar="FILE", help="also write the plan, every quantizer, as JSON")
     options.add_quantization(parser)
 
