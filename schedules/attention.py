@@ -1,7 +1,8 @@
-"""Attention on codes as one kernel: q·kT, base-2 scores, softmax or sigmoid, 8-bit probabilities, ·v, output conversion.
+"""Attention on codes as one kernel: q·kT, base-2 scores, softmax or sigmoid to 8 bits, ·v, conversion.
 
-One task is a head (of one image or window), or some of its rows. K and V of the head are packed once for the register
-tile; then a few query rows at a time pass through all steps, so that scores and probabilities never leave the cache.
+One task is a head (of one image or window), or some of its rows. K and V of the head are packed once for the
+register tile; then a few query rows at a time pass through all steps, so that scores and probabilities never
+leave the cache.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ TASKS = 6
 
 @dataclass(frozen=True)
 class View:
-    """Where q, k or v lie: element (b, h, t, i) is ``sources[source][b * rows + row + t, column + h * head_stride + i]``."""
+    """Where q, k or v lie.
+
+    Element (b, h, t, i) is ``sources[source][b * rows + row + t, column + h * head_stride + i]``.
+    """
 
     source: int
     column: int
@@ -59,12 +63,13 @@ class Attention:
     isa : name of the instruction set.
     batch, heads, tq, tk, d, dv : q is [batch, heads, tq, d], k [.., tk, d], v [.., tk, dv].
     sources : shapes of the int8 matrices that q, k and v point into.
-    additive : leading three sizes of each additive term ``[nb, nh, tq or 1, tk]``; nb divides batch and image b takes
+    additive : leading three sizes of each additive term ``[nb, nh, tq or 1, tk]``; nb divides batch and image
+        b takes
         term ``b % nb`` (windows of one image follow each other); nh is 1 or heads.
     tile : register tile; None takes the instruction set's default.
 
-    Arguments of the kernel: the sources, score_multiplier, multiplier, zeros, [table], the additive terms, out.
-    `pack` returns those from score_multiplier to the additive terms. out : [batch * tq, heads * dv].
+    Arguments of the kernel: the sources, score_multiplier, multiplier, zeros, [table], the additive terms,
+    out. `pack` returns those from score_multiplier to the additive terms. out : [batch * tq, heads * dv].
     """
 
     isa: str
@@ -126,10 +131,10 @@ class Attention:
         result.append(Argument("zeros", (4, self.heads), "int32", "constant"))
         if self.probs.kind == "sigmoid":
             result.append(Argument("table", (2**SIGMOID_BITS,), "uint8", "constant"))
-        for i, shape in enumerate(self.additive):
-            result.append(Argument(f"additive{i}", (*shape, self.score_columns), "int32", "constant"))
-        shape = (self.batch * self.tq, self.heads * self.dv)
-        return (*result, Argument("out", shape, self.out.dtype, "output"))
+        for i, term in enumerate(self.additive):
+            result.append(Argument(f"additive{i}", (*term, self.score_columns), "int32", "constant"))
+        out = (self.batch * self.tq, self.heads * self.dv)
+        return (*result, Argument("out", out, self.out.dtype, "output"))
 
     def __post_init__(self) -> None:
         p = self.probs
@@ -151,7 +156,7 @@ class Attention:
         additive: tuple[Array, ...] = (),
         table: Array | None = None,
     ) -> list[Array]:
-        """The constants of numerics.int_attention as this kernel's arguments; scalars are repeated for all heads."""
+        """The constants of numerics.int_attention as arguments; scalars are repeated for all heads."""
         zeros = np.empty((4, self.heads), np.int32)
         for row, value in zip(zeros, (zero_q, zero_k, zero_v, zero_point), strict=True):
             row[:] = value

@@ -21,7 +21,7 @@ WIDE = Output("int32")
 
 
 class Panels:
-    """A right operand packed in the kernel: `columns` columns (padded), cut into panels for the register tile."""
+    """A right operand packed in the kernel: `columns` columns (padded), cut into panels of a tile each."""
 
     def __init__(self, buffer: Expr, columns: int, depth: int, tile_columns: int) -> None:
         self.buffer, self.columns, self.depth = buffer, columns, depth
@@ -71,8 +71,8 @@ class AttentionBody:
             with TB.serial(0, self.chunk.large) as i:
                 tile = tir.let(self.chunk_index * self.chunk.large + i)
                 with tir.when(tile < self.rows.count):
-                    # The last tile overlaps the one before it, so that there is one tile size; rows are written twice
-                    # with the same bytes.
+                    # The last tile overlaps the one before it, so that there is one tile size; rows are
+                    # written twice with the same bytes.
                     self._tile(tir.let(tir.minimum(tile * self.rows.large, spec.tq - self.rows.large)))
 
     def _at(self, view: View, token: Expr, channel: Expr, lanes: int) -> Expr:
@@ -82,17 +82,22 @@ class AttentionBody:
         return tir.load(self.b[f"source{view.source}"], [row, column], lanes)
 
     def _pack_keys(self) -> Panels:
-        """[depth / step][columns][step] of k: words of `step` channels change place. Padding tokens stay undefined."""
+        """[depth / step][columns][step] of k: words of `step` channels move. Padding stays undefined."""
         spec, step = self.spec, self.isa.step
         panels = Panels(
             tir.scratch(spec.score_columns * self.qk_depth, "int8"),
             spec.score_columns, self.qk_depth, spec.tiles.columns,
         )  # fmt: skip
-        whole, rest = divmod(spec.d, step)
+        whole = spec.d // step
 
         def word(destination: Expr, token: Expr, width: int) -> None:
             with TB.serial(0, whole) as k:
-                tir.store(panels.buffer, self._at(spec.k, token, k * step, step), destination + k * width * step, step)
+                tir.store(
+                    panels.buffer,
+                    self._at(spec.k, token, k * step, step),
+                    destination + k * width * step,
+                    step,
+                )
             for k in range(whole, self.qk_depth // step):
                 for i in range(step):
                     inside = k * step + i < spec.d
@@ -108,10 +113,13 @@ class AttentionBody:
         return panels
 
     def _pack_values(self) -> Panels:
-        """[depth / step][columns][step] of v: `step` tokens are interleaved. Padding channels stay undefined."""
+        """[depth / step][columns][step] of v: `step` tokens interleave. Padding channels stay undefined."""
         spec, step = self.spec, self.isa.step
         panels = Panels(
-            tir.scratch(self.out_columns * self.pv_depth, "int8"), self.out_columns, self.pv_depth, spec.tiles.columns
+            tir.scratch(self.out_columns * self.pv_depth, "int8"),
+            self.out_columns,
+            self.pv_depth,
+            spec.tiles.columns,
         )
 
         def interleave(k: Expr, present: int) -> None:
@@ -140,9 +148,9 @@ class AttentionBody:
                 self.isa.matmul(
                     1, width, panels.depth,
                     lambda r, k, n: tir.constant(1, ones, n),
-                    lambda offset, n, column=column: tir.load(panels.buffer, column * panels.depth + offset, n),
-                    lambda r, c, value, n, column=column: tir.store(sums, value, column + c, n),
-                    source, True,
+                    lambda offset, n, column=column: tir.load(panels.buffer, column * panels.depth + offset,
+                    n), lambda r, c, value, n, column=column: tir.store(sums, value, column + c, n), source,
+                    True,
                 )  # fmt: skip
         return sums
 

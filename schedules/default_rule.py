@@ -1,7 +1,7 @@
-"""The schedule of every function that is not a kernel of its own: elementwise chains, copies, poolings, float islands.
+"""The schedule of functions without a kernel of their own: elementwise chains, copies, pooling, float parts.
 
-Elementwise producers are inlined into elementwise consumers; outer loops run in parallel, the innermost one in vectors.
-Reductions keep their order: lanes run over independent outputs, so no schedule changes a value.
+Elementwise producers are inlined into elementwise consumers; outer loops run in parallel, the innermost one
+in vectors. Reductions keep their order: lanes run over independent outputs, so no schedule changes a value.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A new instruction set is one new file with a subclass of `Isa` and one line in `_MODULES`.
 
-Packed right operands (weights at build; K and V of attention in the kernel) have the same form everywhere: panels of
-`columns` output columns, each ``[depth / step][columns][step]`` int8, where `step` consecutive depths of one column lie
-side by side because one instruction multiplies and sums them.
+Packed right operands (weights at build; K and V of attention in the kernel) have the same form everywhere:
+panels of `columns` output columns, each ``[depth / step][columns][step]`` int8, where `step` consecutive
+depths of one column lie side by side because one instruction multiplies and sums them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Isa:
     has_side : bool
         `matmul` takes `side`: its inner loop leaves issue slots for scalar work.
     saturating_rint : function or None
-        float32 to int32 as one instruction that saturates, if there is one; outputs are then clipped as integers.
+        float32 to int32 as one instruction that saturates, if there is one; outputs are then clipped as
+        integers.
     """
 
     name: str
@@ -77,11 +78,11 @@ class Isa:
     saturating_rint: SaturatingRint | None = None
 
     def left_dtype(self, source: str) -> str:
-        """The type in which left operands given as `source` (int8 or uint8) are read; another type means staging."""
+        """The type in which left operands of type `source` are read; another one means staging."""
         return source
 
     def offset(self, source: str) -> int:
-        """What the instruction adds to every left element; the product then exceeds the true one by offset * colsum."""
+        """What the instruction adds to every left element: a product is too large by offset * colsum."""
         return 0
 
     def convert_left(self, value: Expr, source: str, lanes: int) -> Expr:
@@ -105,8 +106,8 @@ class Isa:
         return depth // self.unit
 
     def matmul(
-        self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str, full_range: bool,
-        side: Side | None = None,
+        self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str,
+        full_range: bool, side: Side | None = None,
     ) -> None:  # fmt: skip
         """Emits the register tile ``rows x columns`` of a product over `depth` (a multiple of `unit`).
 
@@ -126,7 +127,9 @@ class Isa:
                     word = tir.let(self.broadcast_left(left(r, block * self.unit + k, self.step), source))
                     for v in range(vectors):
                         old = tir.load(acc[r][v], 0, self.lanes)
-                        tir.store(acc[r][v], self.dot(old, word, loaded[v], source, full_range), 0, self.lanes)
+                        tir.store(
+                            acc[r][v], self.dot(old, word, loaded[v], source, full_range), 0, self.lanes
+                        )
             if side is not None:
                 side(block)
         for r in range(rows):
@@ -149,7 +152,10 @@ def isa(name: str) -> Isa:
     """The instruction set called `name`; raises VitqError for an unknown one."""
     if name not in _MODULES:
         raise VitqError(
-            "unknown instruction set", got=name, expected=", ".join(_MODULES), fix=nearest(name, _MODULES) or None
+            "unknown instruction set",
+            got=name,
+            expected=", ".join(_MODULES),
+            fix=nearest(name, _MODULES) or None,
         )
     return importlib.import_module(f"tvm_vitq.schedules.{_MODULES[name]}").ISA
 

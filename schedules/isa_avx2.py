@@ -1,4 +1,4 @@
-"""AVX2: vpmaddwd on int16 operands. Exact, unlike vpmaddubsw, whose int16 sums saturate on full-range operands."""
+"""AVX2: vpmaddwd on int16 operands. Exact, unlike vpmaddubsw, whose int16 sums saturate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class Avx2(Isa):
         return tir.cast(value, "int16", lanes)
 
     def broadcast_left(self, word: Expr, source: str) -> Expr:
-        return tir.reinterpret(tir.splat(tir.reinterpret(word, "int32"), self.lanes), f"int16x{2 * self.lanes}")
+        return tir.reinterpret(
+            tir.splat(tir.reinterpret(word, "int32"), self.lanes), f"int16x{2 * self.lanes}"
+        )
 
     def load_right(self, right: Right, offset: Expr) -> Expr:
         return tir.cast(right(offset, 2 * self.lanes), "int16", 2 * self.lanes)

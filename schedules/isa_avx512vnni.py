@@ -10,8 +10,8 @@ from tvm_vitq.schedules.tir import Expr
 class Avx512Vnni(Isa):
     """The left operand is unsigned: int8 codes are staged as ``code ^ 0x80`` = code + 128.
 
-    Flipping the bit in the inner loop instead, by an exclusive-or with a broadcast memory operand, would be free, but
-    LLVM 22's instruction selection does not terminate on it.
+    Flipping the bit in the inner loop instead, by an exclusive-or with a broadcast memory operand, would be
+    free, but LLVM 22's instruction selection does not terminate on it.
     """
 
     name = "avx512vnni"

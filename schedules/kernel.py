@@ -1,4 +1,4 @@
-"""What a kernel generator returns: the function, its arguments in order, and where its constants come from."""
+"""What a kernel generator returns: the function and its arguments in order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tvm
 
 @dataclass(frozen=True)
 class Argument:
-    """One buffer argument. `role` is "input" (a tensor of the program), "constant" (made by a pack function) or "output"."""
+    """One buffer argument; `role` is "input" (of the program), "constant" (from `pack`) or "output"."""
 
     name: str
     shape: tuple[int, ...]
@@ -21,7 +21,8 @@ class Argument:
 class Kernel:
     """A scheduled PrimFunc.
 
-    name : ``vitq_<op>_<out>_<in...>[_<epilogue>]__<shape>``; equal names are equal functions (for one target and tile),
+    name : ``vitq_<op>_<out>_<in...>[_<epilogue>]__<shape>``; equal names are equal functions (for one target
+        and tile),
         so the name is the key of deduplication. It is also the function's global symbol.
     func : the PrimFunc; its parameters are `arguments`, in order, the output last.
     macs : multiply-accumulates of one call, 0 for kernels without dot products.
@@ -41,7 +42,9 @@ TOKENS = {"int8": "qs8", "uint8": "qu8", "uint16": "x16", "int16": "qs16", "int3
 """Operand tokens of kernel names: qs8 codes, qu8 probabilities, x16 table indices, w32 wide, f32 float."""
 
 
-def kernel_name(op: str, out: str, inputs: list[str], epilogue: list[str], shape: tuple[int, ...], *extra: str) -> str:
+def kernel_name(
+    op: str, out: str, inputs: list[str], epilogue: list[str], shape: tuple[int, ...], *extra: str
+) -> str:
     """A name of the grammar; `out` and `inputs` are dtypes or ready tokens."""
     operands = [TOKENS.get(v, v) for v in (out, *inputs)]
     tail = ["x".join(str(v) for v in shape), *extra]
@@ -52,7 +55,8 @@ def kernel_name(op: str, out: str, inputs: list[str], epilogue: list[str], shape
 class Split:
     """A range cut into `count` nearly equal pieces of `large` and then `large - 1` units.
 
-    Two static sizes cover any length, and no piece is a sliver: 49 rows by 6 are 4 pieces of 6 and 5 of 5, not 8 and 1.
+    Two static sizes cover any length, and no piece is a sliver: 49 rows by 6 are 4 pieces of 6 and 5 of 5,
+    not 8 and 1.
     """
 
     count: int

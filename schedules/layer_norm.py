@@ -1,4 +1,4 @@
-"""LayerNorm of wide tensors with affine and output conversion: integer statistics, one integer rsqrt per row."""
+"""LayerNorm of wide tensors with affine and output conversion: integer statistics, one rsqrt per row."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class LayerNorm:
 
     def pack(self, gain: Array, offset: Array, shift: int, epsilon: int) -> list[Array]:
         """The constants of numerics.int_layer_norm."""
-        scalars = [np.array([epsilon], np.int64), np.array([shift], np.int32)]
-        return [np.asarray(gain, np.int32), np.asarray(offset, np.int32), *scalars]
+        arrays = [(gain, "int32"), (offset, "int32"), ([epsilon], "int64"), ([shift], "int32")]
+        return [np.asarray(value, dtype) for value, dtype in arrays]
 
     def kernel(self) -> Kernel:
         """Generates the function."""

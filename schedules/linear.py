@@ -1,4 +1,4 @@
-"""Linear layer on codes: staging, register tiles, output conversion, table lookup and residual add in one kernel."""
+"""Linear layer on codes: staging, product, output conversion, table lookup and residual add in one kernel."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ class Linear:
     """numerics.int_linear of x [M, K] and weight [N, K], optionally followed by int_lookup or int_add.
 
     isa : name of the instruction set.
-    out : conversion of the sums. With `lookup` it is Output("uint16", 0, 4095) and the result is the table's entry.
+    out : conversion of the sums. With `lookup` it is Output("uint16", 0, 4095) and the result is the table's
+        entry.
     lookup : dtype of the table (4096 entries, an argument), or None.
     residual : adds a wide tensor [M, N] with saturation; `out` is then int32.
     zero_point : "none" (0), "scalar" or "vector", how the output's zero point is given.
     groups : K is cut into this many groups with multipliers of their own (numerics.Partial); 0 for none.
-    row_scales, row_zero_points : Partial.row_multiplier and Partial.row_zero_point are present (needs groups >= 1).
+    row_scales, row_zero_points : Partial.row_multiplier and Partial.row_zero_point are present (needs groups
+        >= 1).
     tile : tile sizes; None takes the instruction set's default.
 
-    Arguments of the kernel, in order: x, weight, bias, multiplier, [zero_point], [group_multiplier, group_bias],
-    [row_multiplier], [row_zero_point, colsum], [table], [residual], out. `pack` returns those from weight to colsum.
+    Arguments of the kernel, in order: x, weight, bias, multiplier, [zero_point], [group_multiplier,
+    group_bias], [row_multiplier], [row_zero_point, colsum], [table], [residual], out. `pack` returns those
+    from weight to colsum.
     """
 
     isa: str
@@ -124,11 +127,14 @@ class Linear:
     ) -> list[Array]:
         """The constants of numerics.int_linear as this kernel's arguments from `weight` to `colsum`.
 
-        The offset that the instruction adds to x (128 on x86) is taken back here: ``bias - offset * sum_k weight``.
+        The offset that the instruction adds to x (128 on x86) is taken back here: ``bias - offset * sum_k
+        weight``.
         """
         target, groups = self.target, max(self.groups, 1)
         packed = packing.pack_right(weight, self.tiles.columns, target.step, target.unit, groups)
-        excess = target.offset("int8") * weight.astype(np.int32).reshape(self.n, groups, -1).sum(-1, dtype=np.int32)
+        excess = target.offset("int8") * weight.astype(np.int32).reshape(self.n, groups, -1).sum(
+            -1, dtype=np.int32
+        )
         if partial is None:
             bias = bias.astype(np.int32) - excess[:, 0]
         arrays = [packed, packing.pack_columns(bias, self.n, "int32")]
@@ -145,7 +151,9 @@ class Linear:
                 arrays.append(self._rows(partial.row_multiplier, np.float32))
             if partial.row_zero_point is not None and partial.colsum is not None:
                 arrays.append(self._rows(partial.row_zero_point, np.int32))
-                arrays.append(np.stack([packing.pack_columns(row, self.n, "int32") for row in partial.colsum]))
+                arrays.append(
+                    np.stack([packing.pack_columns(row, self.n, "int32") for row in partial.colsum])
+                )
         return arrays
 
     def _rows(self, values: Array, dtype: type) -> Array:
@@ -170,8 +178,8 @@ MAX_SIDE_LOOKUPS = 8
 class DelayedLookup:
     """Table lookups of one register tile, spread over the product of the next tile of the same panel.
 
-    A lookup is two scalar loads and a store. Done in the epilogue, they take as long as a fifth of a product of depth
-    384; in the product's loop, which waits for the multipliers, they are free.
+    A lookup is two scalar loads and a store. Done in the epilogue, they take as long as a fifth of a product
+    of depth 384; in the product's loop, which waits for the multipliers, they are free.
     """
 
     def __init__(self, emitter: _Emitter, column: Expr, columns: int) -> None:
@@ -182,7 +190,9 @@ class DelayedLookup:
         self.size = packing.padded(steps * self.per_step, GROUP)
         self.indices = tir.scratch(self.size, "uint16")
         self.entries = tir.scratch(self.size, emitter.spec.out_dtype)
-        with TB.serial(0, self.size // GROUP) as i:  # the first product and rows that a small tile lacks look up these
+        with TB.serial(
+            0, self.size // GROUP
+        ) as i:  # the first product and rows that a small tile lacks look up these
             tir.store(self.indices, tir.constant(0, "uint16"), i * GROUP)
 
     def step(self, iteration: Expr) -> None:
@@ -220,8 +230,8 @@ class DelayedLookup:
 class _Emitter:
     """The body of the kernel.
 
-    Tasks are (block of rows) x (panel of columns), run in parallel: a panel of weights stays in the first or second
-    level cache while the rows of the block pass by.
+    Tasks are (block of rows) x (panel of columns), run in parallel: a panel of weights stays in the first or
+    second level cache while the rows of the block pass by.
     """
 
     def __init__(self, spec: Linear, buffers: dict[str, Expr]) -> None:
@@ -238,7 +248,9 @@ class _Emitter:
         with TB.parallel(0, self.panels.count * self.blocks.count) as task:
             panel = tir.let(task // self.blocks.count)
             block = tir.let(task % self.blocks.count)
-            self._split(self.panels, panel, lambda first, size: self._panel(block, first * GROUP, size * GROUP))
+            self._split(
+                self.panels, panel, lambda first, size: self._panel(block, first * GROUP, size * GROUP)
+            )
 
     def _split(self, split: Split, index: Expr, body) -> None:  # type: ignore[no-untyped-def]
         """Runs body(first unit, static size) for piece `index` of a Split."""
@@ -304,7 +316,9 @@ class _Emitter:
             lookup.write_previous()
         self._epilogue(sums, row, column, rows, columns, lookup)
 
-    def _product(self, sums: Expr, row: Expr, column: Expr, rows: int, columns: int, group: Expr, side=None) -> None:  # type: ignore[no-untyped-def]
+    def _product(
+        self, sums: Expr, row: Expr, column: Expr, rows: int, columns: int, group: Expr, side=None
+    ) -> None:  # type: ignore[no-untyped-def]
         """sums = x[rows, group] @ weight[columns, group].T"""
         spec, depth = self.spec, self.spec.depth
         base = tir.let(column * (self.groups * depth) + group * (depth * columns))
@@ -370,7 +384,9 @@ class _Emitter:
             valid = columns if spec.n % GROUP == 0 else tir.let(tir.minimum(columns, spec.n - column))
             for r in range(rows):
                 with TB.serial(0, valid) as c:
-                    entry = tir.load(self.b["table"], tir.cast(tir.load(indices, r * columns + c, 1), "int32", 1), 1)
+                    entry = tir.load(
+                        self.b["table"], tir.cast(tir.load(indices, r * columns + c, 1), "int32", 1), 1
+                    )
                     tir.store(self.b["out"], entry, [row + r, column + c], 1)
 
     def _zero_point(self, column: Expr) -> Expr | None:
@@ -381,7 +397,7 @@ class _Emitter:
         return tir.let(tir.load(self.b["zero_point"], column))
 
     def _write(self, value: Expr, row: Expr, column: Expr, last: bool) -> None:
-        """Stores one vector, adding the residual; the last vector of a panel may reach beyond the last column."""
+        """Stores one vector, adding the residual; the last one of a panel may reach beyond column n."""
         tail = self.spec.n % GROUP
         if not (last and tail):
             self._write_lanes(value, row, column, GROUP)
@@ -393,7 +409,9 @@ class _Emitter:
             with TB.serial(0, tail) as i:
                 self._write_lanes(tir.load(lane, i, 1), row, column + i, 1)
 
-        tir.choose(column + GROUP <= self.spec.n, lambda: self._write_lanes(value, row, column, GROUP), partly)
+        tir.choose(
+            column + GROUP <= self.spec.n, lambda: self._write_lanes(value, row, column, GROUP), partly
+        )
 
     @property
     def _value_dtype(self) -> str:

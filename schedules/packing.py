@@ -26,7 +26,7 @@ def panel_widths(columns: int, tile_columns: int) -> list[int]:
 
 
 def pack_right(weight: Array, tile_columns: int, step: int, unit: int, groups: int = 1) -> Array:
-    """int8 [N, K] as panels of ``[groups][depth / step][columns][step]``, flat, zero padded in columns and depth.
+    """int8 [N, K] as panels of ``[groups][depth / step][columns][step]``, flat, zero padded.
 
     Each group of K / groups depths is padded by itself to a multiple of `unit`.
     """

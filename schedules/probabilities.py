@@ -19,8 +19,8 @@ FAR = -(2**30)
 def emit(body: AttentionBody) -> None:
     """Turns body.scores into body.probs, and body.row_term into -zero_v times the sum of probabilities.
 
-    Each step runs over all rows of the tile before the next one starts, so that the reductions and the division at
-    the end of a row overlap with the work on the next.
+    Each step runs over all rows of the tile before the next one starts, so that the reductions and the
+    division at the end of a row overlap with the work on the next.
     """
     if body.spec.probs.kind == "sigmoid":
         _rows(body, lambda r: _sigmoid(body, r))
@@ -37,7 +37,7 @@ def _rows(body: AttentionBody, step: Callable[[Expr], None]) -> None:
 
 
 def _vectors(body: AttentionBody, step: Callable[[Expr, int], None]) -> None:
-    """Runs step(first column, valid lanes) over a row: a loop over whole vectors, then the last, partly valid one."""
+    """Runs step(first column, valid lanes) over a row: whole vectors in a loop, then the partly valid one."""
     whole, rest = divmod(body.spec.tk, LANES)
     if whole:
         with TB.serial(0, whole) as i:
@@ -68,9 +68,9 @@ def _maximum(body: AttentionBody, r: Expr, highest: Expr) -> None:
 def _exponentials(body: AttentionBody, r: Expr, highest: Expr, factors: Expr) -> None:
     """numerics.int_exp2 of a row, without its guard bits, and the factor that its sum (with them) gives.
 
-    The cubic runs in 16 bits, on 32 lanes: ``(f * x) >> SCORE_BITS`` is the high half of ``(f << 16 - SCORE_BITS) * x``.
-    With its result c in the high half of a word, ``w = (c << 16) >> n`` holds both ``c >> n`` (its high half) and
-    ``(c << guard) >> n = w >> (16 - guard)``.
+    The cubic runs in 16 bits, on 32 lanes: ``(f * x) >> SCORE_BITS`` is the high half of ``(f << 16 -
+    SCORE_BITS) * x``. With its result c in the high half of a word, ``w = (c << 16) >> n`` holds both ``c >>
+    n`` (its high half) and ``(c << guard) >> n = w >> (16 - guard)``.
     """
     probs = body.spec.probs
     total = tir.scratch(LANES, "uint32")
@@ -101,7 +101,8 @@ def _quantize(body: AttentionBody, r: Expr, factors: Expr) -> None:
     """``min((e * factor + half) >> shift, qmax)`` in 16 bits.
 
     The largest exponential of a row is 2**EXP_BITS, therefore ``factor <= numerator >> EXP_BITS < 2**16`` and
-    ``e * factor <= numerator < 2**31``; half is a multiple of 2**16, so that the low half of the product never counts.
+    ``e * factor <= numerator < 2**31``; half is a multiple of 2**16, so that the low half of the product
+    never counts.
     """
     probs = body.spec.probs
     lanes = 2 * LANES

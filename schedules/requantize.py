@@ -21,11 +21,11 @@ class Zero:
     """A zero point as lanes, with the bounds that make one clip of the float value do both clips of numerics.
 
     ``clip(rint(clip(x, +-WIDE_MAX)) + zero, qmin, qmax) == rint(clip(x, low, high)) + zero`` with
-    ``low = max(qmin - zero, -WIDE_MAX)`` and high alike: rounding is monotone and leaves the integers low and high as
-    they are. float32 holds both exactly. Requires |zero| <= 2**23.
+    ``low = max(qmin - zero, -WIDE_MAX)`` and high alike: rounding is monotone and leaves the integers low and
+    high as they are. float32 holds both exactly. Requires |zero| <= 2**23.
 
-    Where float32 is converted to int32 with saturation, the clip comes after it, on integers: low and high are then
-    int32 lanes.
+    Where float32 is converted to int32 with saturation, the clip comes after it, on integers: low and high
+    are then int32 lanes.
     """
 
     value: Expr | None
@@ -41,9 +41,11 @@ def zero_lanes(
     if zero is None:
         low, high = max(out.qmin, -WIDE_MAX), min(out.qmax, WIDE_MAX)
         if saturating_rint:
-            bounds = (tir.constant(bound, "int32", lanes) for bound in (low, high))
-            return Zero(None, *bounds, saturating_rint)
-        return Zero(None, tir.constant(float(low), "float32", lanes), tir.constant(float(high), "float32", lanes))
+            lowest, highest = (tir.constant(bound, "int32", lanes) for bound in (low, high))
+            return Zero(None, lowest, highest, saturating_rint)
+        return Zero(
+            None, tir.constant(float(low), "float32", lanes), tir.constant(float(high), "float32", lanes)
+        )
     low = tir.maximum(tir.constant(out.qmin, "int32", lanes) - zero, tir.constant(-WIDE_MAX, "int32", lanes))
     high = tir.minimum(tir.constant(out.qmax, "int32", lanes) - zero, tir.constant(WIDE_MAX, "int32", lanes))
     if saturating_rint:
@@ -54,7 +56,8 @@ def zero_lanes(
 def round_shift(value: Expr, shift: Expr, lanes: int = LANES) -> Expr:
     """numerics.round_shift without its clip: ``(value + half) >> shift`` with no overflow in int32.
 
-    With ``t = value >> (shift - 1)`` that is ``(t >> 1) + (t & 1)``; a shift of 0 takes ``t = value`` and adds nothing.
+    With ``t = value >> (shift - 1)`` that is ``(t >> 1) + (t & 1)``; a shift of 0 takes ``t = value`` and
+    adds nothing.
     """
     one = tir.let(tir.minimum(shift, tir.constant(1, "int32", lanes)))
     t = tir.let(value >> (shift - one))
@@ -62,7 +65,7 @@ def round_shift(value: Expr, shift: Expr, lanes: int = LANES) -> Expr:
 
 
 def requantize(value: Expr, multiplier: Expr, zero: Zero, out: Output, lanes: int = LANES) -> Expr:
-    """int32 lanes within [qmin, qmax], or float32 lanes of the product; `multiplier` as from packing.pack_multiplier."""
+    """int32 lanes within [qmin, qmax], or float32 lanes; `multiplier` as from packing.pack_multiplier."""
     if out.dtype == "float32":
         return tir.cast(value, "float32", lanes) * multiplier
     if out.kind == "shift":

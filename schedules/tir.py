@@ -1,12 +1,12 @@
 """Short names for the TIR that the kernels are made of: explicit loops over fixed-width vectors.
 
-Kernels are written with the IRBuilder, not with schedule primitives: the loop nest, the registers and the layouts are
-decided here, TVM and LLVM only translate them. Vectors of 16 lanes are legalized by LLVM for every target.
+Kernels are written with the IRBuilder, not with schedule primitives: the loop nest, the registers and the
+layouts are decided here, TVM and LLVM only translate them. Vectors of 16 lanes are legalized by LLVM for
+every target.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +41,7 @@ def argument(name: str, shape: tuple[int, ...], dtype: str) -> Expr:
 
 
 def scratch(size: int, dtype: str) -> Expr:
-    """A private flat buffer; below 1 KiB it lives on the stack and LLVM promotes it to registers where it can."""
+    """A private flat buffer; below 1 KiB it lives on the stack, where LLVM promotes it to registers."""
     return TB.alloc_buffer((size,), dtype)
 
 
@@ -153,15 +153,15 @@ def pick(vectors: list[Expr], indices: Iterable[int]) -> Expr:
 def halves(words: list[Expr], high: bool) -> Expr:
     """The low or high 16 bits of two vectors of 32-bit lanes, as one vector of twice as many uint16 lanes.
 
-    As a shuffle of words this is one instruction on AVX-512 (vpermt2w) and NEON (uzp1, uzp2); a conversion by value
-    becomes several.
+    As a shuffle of words this is one instruction on AVX-512 (vpermt2w) and NEON (uzp1, uzp2); a conversion by
+    value becomes several.
     """
     words = [reinterpret(w, f"uint16x{2 * LANES}") for w in words]
     return pick(words, range(int(high), 4 * LANES, 2))
 
 
 def high_words(halfwords: Expr) -> list[Expr]:
-    """32 uint16 lanes as the high halves of 2 x 16 uint32 lanes whose low halves are 0; the inverse of `halves`."""
+    """32 uint16 lanes as the high halves of 2 x 16 uint32 lanes, low halves 0; the inverse of `halves`."""
     zero = constant(0, "uint16", 2 * LANES)
     result = []
     for start in (2 * LANES, 3 * LANES):
@@ -176,6 +176,10 @@ def ceildiv(a: int, b: int) -> int:
 
 def interleave(vectors: list[Expr], lanes: int) -> Expr:
     """``v0[0] v1[0] .. v0[1] v1[1] ..`` of equally long vectors (int8; `lanes` may be 1)."""
+    while len(vectors) > 4:  # LLVM finds no good code for one shuffle of more than four vectors
+        half = len(vectors) // 2
+        vectors = [let(interleave([vectors[i], vectors[i + half]], lanes)) for i in range(half)]
+        lanes *= 2
     count = len(vectors)
     return pick(vectors, [i * lanes + j for j in range(lanes) for i in range(count)])
 
@@ -197,8 +201,3 @@ def pieces(size: int, widest: int = LANES) -> list[tuple[int, int, int]]:
             start += count * lanes
         lanes //= 2
     return result
-
-
-def flat(buffer: Expr, shape: tuple[int, ...], dtype: str) -> Expr:
-    """The same memory as one axis."""
-    return buffer if len(shape) == 1 else TB.decl_buffer((math.prod(shape),), dtype, data=buffer.data)

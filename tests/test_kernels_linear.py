@@ -1,0 +1,91 @@
+"""The linear kernel on every x86 instruction set of this machine: every element equals numerics."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from kernel_cases import CODES, INDEX, LINEARS, LOGITS, WIDE, linear_case
+from kernel_runs import ISAS, check
+
+from tvm_vitq.numerics import Output
+from tvm_vitq.schedules.isa import Tile
+from tvm_vitq.schedules.linear import Linear
+from tvm_vitq.schedules.packing import pack_right, panel_widths
+
+SHAPES = {
+    # Real shapes and their tails: 197 tokens, 49-token windows, 588 = 3 x 14 x 14 patches, 1000 classes.
+    "patch": ((49, 64, 588), {"out": WIDE}),
+    "qkv": ((197, 192, 64), {"out": CODES, "zero_point": "vector"}),
+    "head": ((1, 1000, 96), {"out": LOGITS}),
+    "classes": ((5, 10, 100), {"out": LOGITS}),
+    "window": ((49, 36, 48), {"out": CODES, "zero_point": "scalar"}),
+    "gelu": ((197, 100, 48), {"out": INDEX, "lookup": "int8", "zero_point": "scalar"}),
+    "gelu_one": ((1, 64, 384), {"out": INDEX, "lookup": "int8", "zero_point": "scalar"}),
+    "tall": ((400, 40, 48), {"out": WIDE, "residual": True}),
+    "batch": ((400, 24, 128), {"out": INDEX, "lookup": "int32", "zero_point": "vector"}),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", [*LINEARS, *SHAPES])
+def test_equals_numerics(isa, name):
+    check(linear_case(name, isa, *{**LINEARS, **SHAPES}[name]), isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_extreme_operands(isa):
+    """Sums of the largest magnitude that a depth allows: no intermediate result saturates."""
+    check(
+        linear_case("extreme", isa, (3, 16, 2048), {"out": Output("int32", -(2**24), 2**24)}, extreme=True),
+        isa,
+    )
+
+
+@pytest.mark.parametrize("tile", [Tile(1, 16), Tile(4, 48, 8), Tile(14, 32, 28), Tile(12, 32)])
+def test_any_tile_gives_the_same(tile):
+    """Tile sizes are free: rows and columns that do not divide, blocks smaller than the matrix."""
+    for options in (
+        {"out": CODES, "zero_point": "scalar"},
+        {"out": INDEX, "lookup": "int8", "zero_point": "scalar"},
+    ):
+        check(linear_case("tile", ISAS[0], (50, 84, 96), {**options, "tile": tile}), ISAS[0])
+
+
+def test_two_threads_and_one_give_the_same():
+    """Tasks write disjoint parts of the result."""
+    case = linear_case("threads", ISAS[0], (197, 128, 64), {"out": CODES, "zero_point": "scalar"})
+    configure = tvm.get_global_func("runtime.config_threadpool")
+    try:
+        for threads in (1, 2):
+            configure(1, threads)
+            check(case, ISAS[0])
+    finally:
+        configure(0, 0)
+
+
+def test_names_tell_functions_apart():
+    """Equal names are equal functions; what changes the function changes the name."""
+    base = {"isa": "avx512vnni", "m": 7, "n": 20, "k": 36, "out": CODES}
+    variants = [
+        {}, {"m": 8}, {"n": 21}, {"k": 40}, {"out": Output("int8", -8, 7)},
+        {"out": Output("int8", -128, 127, "shift")},
+        {"zero_point": "scalar"}, {"zero_point": "vector"}, {"groups": 2}, {"groups": 4},
+        {"groups": 1, "row_scales": True}, {"groups": 1, "row_zero_points": True}, {"tile": Tile(4, 32)},
+        {"out": INDEX, "lookup": "int8"}, {"out": INDEX, "lookup": "int32"}, {"out": WIDE}, {"out": LOGITS},
+        {"out": WIDE, "residual": True},
+    ]  # fmt: skip
+    names = [Linear(**{**base, **v}).name for v in variants]
+    assert len(set(names)) == len(names)
+    assert all(name.startswith("vitq_linear_") for name in names)
+    assert Linear(**base).kernel().name == Linear(**base).name
+
+
+def test_packing_keeps_every_weight():
+    """Panels hold [depth / step][columns][step], padded by zeros."""
+    weight = np.arange(1, 1 + 20 * 6, dtype=np.int8).reshape(20, 6)
+    packed = pack_right(weight, 16, step=2, unit=4)
+    assert panel_widths(20, 16) == [16, 16]
+    panels = packed.reshape(2, 4, 16, 2).transpose(0, 2, 1, 3).reshape(32, 8)
+    np.testing.assert_array_equal(panels[:20, :6], weight)
+    assert not panels[20:].any() and not panels[:, 6:].any()
