@@ -8,7 +8,7 @@ from tvm_vitq.schedules.tir import Expr
 
 
 def fcvtns(value: Expr, lanes: int) -> Expr:
-    """float32 to int32, ties to even, saturating; LLVM does not split vectors wider than a register itself."""
+    """float32 to int32, ties to even, saturating; LLVM does not split wider vectors than a register."""
     name = "llvm.aarch64.neon.fcvtns"
     if lanes < 4:
         type_ = "int32" if lanes == 1 else f"int32x{lanes}"
