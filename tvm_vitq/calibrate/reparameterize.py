@@ -24,6 +24,7 @@ from tvm_vitq.calibrate.job import Job
 from tvm_vitq.calibrate.observe import View, observe
 from tvm_vitq.calibrate.searches import RangeRule, quantizer_numbers
 from tvm_vitq.calibrate.statistics import Summary
+from tvm_vitq.graph import columns_read, data_operands, is_movement
 from tvm_vitq.ops import attrs, op_name, shape_of
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.relax_passes.sites import bindings, readers
@@ -42,12 +43,13 @@ step so fine that the integer LayerNorm has no headroom for it."""
 class Fold:
     """A LayerNorm whose output only linear layers read, behind movements that keep channels in place.
 
-    layer : of the LayerNorm; variables : names of its output and of all moved copies of it.
+    layer : of the LayerNorm; variables : its output, the means and moved copies of it, each with the name of
+        a tensor that holds its values by channel: itself, or what it is a copy of.
     sites : the vitq.quantize sites on the way; linears : the layers behind them.
     """
 
     layer: str
-    variables: list[str] = field(default_factory=list)
+    variables: dict[str, str] = field(default_factory=dict)
     sites: list[str] = field(default_factory=list)
     linears: list[str] = field(default_factory=list)
 
@@ -66,7 +68,7 @@ def find_folds(job: Job) -> list[Fold]:
         layer = attrs(binding.value)["site"]
         fold = Fold(layer)
         try:
-            _follow(binding.var, reading, job.mod["main"].body.body, fold)
+            _follow(binding.var, (), binding.var, reading, job.mod["main"].body.body, fold)
             _check_sites(job, fold)
             folds.append(fold)
         except _Declined as reason:
@@ -75,26 +77,49 @@ def find_folds(job: Job) -> list[Fold]:
 
 
 def _follow(
-    variable: relax.Var, reading: dict[str, list[relax.VarBinding]], result: relax.Expr, fold: Fold
+    variable: relax.Var,
+    path: tuple[relax.Call, ...],
+    origin: relax.Var,
+    reading: dict[str, list[relax.VarBinding]],
+    result: relax.Expr,
+    fold: Fold,
 ) -> None:
-    fold.variables.append(variable.name)
+    """Collect in `fold` what reads `variable`, which the movements `path` made from `origin`."""
+    fold.variables[variable.name] = (variable if _in_place(path, shape_of(origin)) else origin).name
     if variable.same_as(result):
         raise _Declined("it is the model's result")
     for binding in reading.get(variable.name, []):
         call, op = binding.value, op_name(binding.value)
-        if isinstance(call, relax.Var) or _keeps_channels(call):
-            _follow(binding.var, reading, result, fold)
+        if isinstance(call, relax.Var):
+            _follow(binding.var, path, origin, reading, result, fold)
+        elif is_movement(call) and len(data_operands(call)) == 1:
+            _follow(binding.var, (*path, call), origin, reading, result, fold)
+        elif (
+            op == "vitq.mean" and attrs(call)["axis"] % len(shape_of(variable)) != len(shape_of(variable)) - 1
+        ):
+            _require_in_place(path, shape_of(origin), binding.var.name)
+            _follow(binding.var, (), binding.var, reading, result, fold)
         elif op == "vitq.quantize":
+            _require_in_place(path, shape_of(origin), binding.var.name)
             fold.sites.append(attrs(call)["site"])
-            fold.variables.append(binding.var.name)
+            fold.variables[binding.var.name] = fold.variables[variable.name]
             for reader in reading.get(binding.var.name, []):
                 if op_name(reader.value) != "vitq.linear":
                     raise _Declined(f"{op_name(reader.value)} reads its quantized output")
                 fold.linears.append(attrs(reader.value)["site"])
-        elif op in ("relax.reshape", "relax.permute_dims", "relax.strided_slice", "relax.take", "vitq.mean"):
-            raise _Declined(f"{op} moves its channels ({binding.var.name})")
         else:
             raise _Declined(f"{op} reads its output ({binding.var.name})")
+
+
+def _in_place(path: tuple[relax.Call, ...], shape: list[int]) -> bool:
+    """Whether the last axis behind `path` is that of the tensor of `shape` in front of it, in the same order."""
+    columns = columns_read(path, shape)
+    return columns.shape[-1] == shape[-1] and bool((columns == np.arange(shape[-1])).all())
+
+
+def _require_in_place(path: tuple[relax.Call, ...], shape: list[int], variable: str) -> None:
+    if not _in_place(path, shape):
+        raise _Declined(f"its channels are no longer the last axis at {variable}")
 
 
 def _check_sites(job: Job, fold: Fold) -> None:
@@ -107,23 +132,6 @@ def _check_sites(job: Job, fold: Fold) -> None:
         raise _Declined("the linear layers behind it want different bits")
 
 
-def _keeps_channels(call: relax.Expr) -> bool:
-    """Whether a call moves (or averages) elements without leaving or mixing channels, the last axis."""
-    op = op_name(call)
-    if not isinstance(call, relax.Call):
-        return False
-    if op == "relax.reshape":
-        return shape_of(call)[-1] == shape_of(call.args[0])[-1]
-    rank = len(shape_of(call.args[0])) if op else 0
-    if op == "relax.permute_dims":
-        return call.attrs.axes is not None and int(call.attrs.axes[-1]) % rank == rank - 1
-    if op == "relax.strided_slice":
-        return all(int(axis.value) % rank != rank - 1 for axis in call.args[1].fields)
-    if op == "relax.take":
-        return call.attrs.axis is not None and int(call.attrs.axis) % rank != rank - 1
-    return op == "vitq.mean" and attrs(call)["axis"] % rank != rank - 1
-
-
 def observe_with_folds(
     job: Job, folds: list[Fold], views: dict[str, View], tail: float
 ) -> dict[str, Summary]:
@@ -131,7 +139,7 @@ def observe_with_folds(
     will change.
     """
     wanted = views | {site: View("channel", -1) for fold in folds for site in fold.sites}
-    return observe(job, wanted, tail, {variable for fold in folds for variable in fold.variables})
+    return observe(job, wanted, tail, {origin for fold in folds for origin in fold.variables.values()})
 
 
 def fold_layer_norms(job: Job, folds: list[Fold], summaries: dict[str, Summary], rule: RangeRule) -> None:
@@ -180,8 +188,8 @@ def _apply(
     for site in fold.sites:
         job.quantizers[site] = SiteQuantizer(bits, [common], [common_zero])
 
-    for variable in fold.variables:
-        ends = [end.double().numpy() / ratio - shift for end in job.channel_ranges[variable]]
+    for variable, origin in fold.variables.items():
+        ends = [end.double().numpy() / ratio - shift for end in job.channel_ranges[origin]]
         job.ranges[variable] = float(np.abs(ends).max())
 
 
