@@ -1,4 +1,4 @@
-"""Package layout: the three top-level folders are mapped into the import package, the rest is in pyproject.toml."""
+"""Package layout: top-level folders are mapped into the import package; the rest is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 
@@ -12,6 +12,7 @@ MAPPED = {
 setup(
     packages=find_packages(include=["tvm_vitq", "tvm_vitq.*"]) + list(MAPPED),
     package_dir=MAPPED,
+    include_package_data=False,  # only what package_data names; folders of data are no packages
     package_data={
         "tvm_vitq": ["py.typed"],
         "tvm_vitq.refmodels": ["data/*"],

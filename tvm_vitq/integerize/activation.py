@@ -43,6 +43,7 @@ FUNCTIONS: dict[str, ScalarFunction] = {
 
 
 def scalar_function(kind: str, site: str) -> ScalarFunction:
+    """The float64 function of an activation kind; VitqError naming `site` and the nearest kinds if unknown."""
     if kind not in FUNCTIONS:
         raise VitqError(
             "unknown activation function",
