@@ -80,12 +80,12 @@ def calibration_images() -> np.ndarray:
 
 
 def test_set_uint8() -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (4000, 32, 32, 3) and labels int64 (4000,), from the test sources."""
+    """Images uint8 (3000, 32, 32, 3) and labels int64 (3000,), from the test sources."""
     residuals, labels, levels = _arrays("test", "labels", "levels")
     return unpack(residuals, int(levels)), labels.astype(np.int64)
 
 
 def test_set() -> tuple[np.ndarray, np.ndarray]:
-    """Images float32 (4000, 3, 32, 32), normalized, and labels int64 (4000,)."""
+    """Images float32 (3000, 3, 32, 32), normalized, and labels int64 (3000,)."""
     images, labels = test_set_uint8()
     return normalize(images), labels
