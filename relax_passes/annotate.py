@@ -7,10 +7,10 @@ from typing import Any
 
 import tvm
 from tvm import relax
-from tvm_vitq.relax_passes.sites import OPERANDS, bindings, list_sites
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.ops import attrs, call, op_name
+from tvm_vitq.relax_passes.sites import OPERANDS, bindings, list_sites
 
 
 def annotate(mod: tvm.IRModule, asked: Mapping[str, Any]) -> tuple[tvm.IRModule, dict[str, str]]:

@@ -112,7 +112,9 @@ def _follow(
 
 
 def _in_place(path: tuple[relax.Call, ...], shape: list[int]) -> bool:
-    """Whether the last axis behind `path` is that of the tensor of `shape` in front of it, in the same order."""
+    """Whether the last axis behind `path` is that of the tensor of `shape` in front of it, in the same
+    order.
+    """
     columns = columns_read(path, shape)
     return columns.shape[-1] == shape[-1] and bool((columns == np.arange(shape[-1])).all())
 
