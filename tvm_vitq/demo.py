@@ -146,7 +146,7 @@ def run_demo(
     Parameters
     ----------
     rows : (model, bits), model one of `tvm_vitq.refmodels.names()`.
-    images : test images, at most all 4000.
+    images : test images, at most all there are.
     emulation : run the AArch64 libraries under qemu where that is possible.
 
     Raises
@@ -155,13 +155,12 @@ def run_demo(
     """
     from tqdm import tqdm
 
-    from tvm_vitq import cpu
+    from tvm_vitq import cpu, refmodels
     from tvm_vitq.site_rules import parse_bits
 
-    if not 1 <= images <= 4000:
-        raise VitqError(
-            "number of test images out of range", where="images", got=images, expected="1 to 4000"
-        )
+    available = refmodels.meta()["images"]["test"]["count"]
+    if not 1 <= images <= available:
+        raise VitqError("no such number of test images", got=images, expected=f"1 to {available}")
     for _, bits in rows:
         parse_bits(bits)
     start = time.perf_counter()

@@ -24,14 +24,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     VitqError : no such folder, no permission, disk or quota full, or any other OSError of the block.
     """
     final = Path(path)
-    if final.is_dir():
-        raise VitqError("a folder is in the way of the file", where=final, fix="name a file inside it")
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)
-        os.close(handle)
-    except OSError as error:
-        raise _write_error(final, error) from error
-    part = Path(name)
+    part = _beside(final)
     try:
         yield part
         with part.open("rb") as written:
@@ -42,6 +35,22 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise _write_error(final, error) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """VitqError as of `written_whole` if the file cannot be made: told before long work rather than after it."""
+    _beside(Path(path)).unlink()
+
+
+def _beside(final: Path) -> Path:
+    if final.is_dir():
+        raise VitqError("a folder is in the way of the file", where=final, fix="name a file inside it")
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)
+        os.close(handle)
+    except OSError as error:
+        raise _write_error(final, error) from error
+    return Path(name)
 
 
 def _umask() -> int:

@@ -28,8 +28,10 @@ def run(arguments: argparse.Namespace) -> Outcome:
     """See tvm_vitq.build and tvm_vitq.compile."""
     import tvm_vitq
     from tvm_vitq.artifacts import is_artifact
+    from tvm_vitq.files import check_writable
     from tvm_vitq.render import report_text
 
+    check_writable(arguments.output)
     if is_artifact(arguments.model):
         options.refuse_quantization(arguments)
         library = tvm_vitq.compile(tvm_vitq.load(arguments.model), arguments.target)

@@ -21,9 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Outcome:
     """See tvm_vitq.quantize."""
     import tvm_vitq
+    from tvm_vitq.files import check_writable
     from tvm_vitq.render import report_text
     from tvm_vitq.report import quantized_report
 
+    for path in filter(None, (arguments.output, arguments.plan)):
+        check_writable(path)
     quantized = tvm_vitq.quantize(arguments.model, **options.quantization(arguments))
     quantized.save(arguments.output)
     if arguments.plan:
