@@ -13,6 +13,7 @@ import tvm
 from tvm.s_tir import Schedule, ScheduleError
 
 MAX_LANES = 16
+MAX_SUMS = 8
 PARALLEL_FROM = 1 << 14
 """Loop iterations from which starting threads pays: about 10 us of work."""
 
@@ -64,17 +65,40 @@ def _schedule_block(sch: Schedule, block: Any) -> None:
     if not spatial:
         return  # one number; the order of its sum is the program's
     outer, vector = _split_lanes(sch, spatial)
-    sch.reorder(*outer, *reduction, *vector)
-    if outer:
-        fused = sch.fuse(*outer)
-        if work >= PARALLEL_FROM:
-            sch.parallel(fused)
-    for loop in vector:
-        sch.vectorize(loop)
+    outer, register = _split_registers(sch, outer) if reduction else (outer, [])
+    sums = sch.cache_write(block, 0, "local") if reduction else None
+    sch.reorder(*outer, *reduction, *register, *vector)
+    fused = sch.fuse(*outer) if outer else None
+    if sums is not None and fused is not None:
+        sch.reverse_compute_at(sums, fused)
+        _write_out(sch, sch.get_loops(sums)[1:], bool(vector))
+    if fused is not None and work >= PARALLEL_FROM:
+        sch.parallel(fused)
+    _write_out(sch, [*register, *vector], bool(vector))
     if reduction:
         initial = sch.decompose_reduction(block, reduction[0])
-        if vector:
-            sch.vectorize(sch.get_loops(initial)[-1])
+        _write_out(sch, sch.get_loops(initial)[0 if fused is None else 1 :], bool(vector))
+
+
+def _write_out(sch: Schedule, loops: list[Any], lanes: bool) -> None:
+    """Unrolls all loops; with `lanes` the last one becomes a vector."""
+    for loop in loops[: len(loops) - lanes]:
+        sch.unroll(loop)
+    if lanes:
+        sch.vectorize(loops[-1])
+
+
+def _split_registers(sch: Schedule, outer: list[Any]) -> tuple[list[Any], list[Any]]:
+    """A few iterations of a channel-like loop: their sums share operands and do not wait for each other.
+
+    The first loop (images) and the last one (blocks of lanes) are left alone.
+    """
+    for position in range(1, len(outer) - 1):
+        count = math.gcd(_extent(sch, [outer[position]]), MAX_SUMS)
+        if count > 1:
+            blocks, inner = sch.split(outer[position], [None, count])
+            return [*outer[:position], blocks, *outer[position + 1 :]], [inner]
+    return outer, []
 
 
 def _split_lanes(sch: Schedule, spatial: list[Any]) -> tuple[list[Any], list[Any]]:

@@ -171,8 +171,8 @@ class Linear:
         return Kernel(self.name, tir.prim_func(self.name, emit), arguments, self.m * self.n * self.k)
 
 
-MAX_SIDE_LOOKUPS = 8
-"""Lookups per iteration of the innermost loop that its free issue slots absorb."""
+MAX_SIDE_LOOKUPS = 32
+"""Lookups per iteration of the innermost loop that cost less there than by themselves."""
 
 
 class DelayedLookup:
