@@ -16,19 +16,19 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors",),
     ("settings", "files", "numerics", "cpu", "ffi", "linker", "deploy", "tuning_logs"),
-    ("plan", "formats", "quantizers", "site_rules", "target_text", "targets", "library_format"),
+    ("plan", "formats", "quantizers", "site_rules", "target_text", "targets", "library_format", "render"),
     ("ops", "graph", "units", "macs", "integerize", "schedules", "reference", "refmodels"),
     ("relax_passes",),
     ("frontend", "calibrate", "recipes", "pipeline"),
     ("quantized_model", "runtime"),
     ("report", "compiler", "api"),
-    ("evaluation", "datasets", "artifacts", "render", "deploy_kit", "emulate"),
+    ("evaluation", "datasets", "artifacts", "deploy_kit", "emulate"),
     ("comparison", "demo", "doctor"),
     ("cli", "__main__"),
 )
 """Lowest first. A module imports from its own layer and lower ones, also inside functions."""
 
-NUMPY_ONLY = {name for layer in LAYERS[:3] for name in layer} | {"runtime", "evaluation", "render"}
+NUMPY_ONLY = {name for layer in LAYERS[:3] for name in layer} | {"runtime", "evaluation"}
 """What a machine that only runs libraries imports: no torch, timm or TVM compiler comes along."""
 
 HEAVY = {"torch", "torchvision", "timm", "tvm", "onnx"}

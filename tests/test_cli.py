@@ -93,6 +93,16 @@ def test_plan_is_written_and_shown(folder, model, vitq):
     assert json.loads(out)["plan"]["sites"][PLAN_SITE]["bits"] == 7
 
 
+def test_debug_levels_show_more_and_more(model, folder, vitq, monkeypatch):
+    lengths = []
+    for level in range(5):
+        monkeypatch.setenv("VITQ_DEBUG", str(level))
+        code, _, err = vitq("build", model, "-o", folder / "shown.so")
+        assert code == 0
+        lengths.append(len(err))
+    assert lengths == sorted(set(lengths))
+
+
 def test_inspect_model_and_library(model, library, vitq):
     code, out, _ = vitq("inspect", model)
     assert code == 0 and "100.00 %" in out and "blocks.5.attn.probs" in out

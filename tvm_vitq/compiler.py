@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import time
 from typing import Any
 
@@ -13,9 +14,10 @@ from tvm_vitq import settings
 from tvm_vitq.library_format import LibraryInfo
 from tvm_vitq.pipeline import lower_passes, run_passes
 from tvm_vitq.quantized_model import QuantizedModel
-from tvm_vitq.report import build_report
+from tvm_vitq.render import kernels_text
+from tvm_vitq.report import assembly, build_report
 from tvm_vitq.runtime import Library
-from tvm_vitq.targets import parse
+from tvm_vitq.targets import TargetProfile, parse
 
 PACKAGES = ("tvm-vitq", "apache-tvm", "apache-tvm-ffi", "torch", "timm", "numpy")
 
@@ -29,8 +31,7 @@ def compile_library(quantized: QuantizedModel, target: Any) -> Library:
     executable = relax.build(lowered, target=profile.target, relax_pipeline=_after_kernels())
     seconds = time.perf_counter() - start
     report = build_report(quantized, lowered, executable, profile, seconds)
-    if settings.DEBUG.value >= 1:
-        print(f"target {profile}")
+    _show(profile, lowered, executable, report)
     info = LibraryInfo(
         model=quantized.name,
         target=profile,
@@ -42,6 +43,20 @@ def compile_library(quantized: QuantizedModel, target: Any) -> Library:
         report=report,
     )
     return Library(info, executable=executable)
+
+
+def _show(profile: TargetProfile, lowered: tvm.IRModule, executable: Any, report: dict[str, Any]) -> None:
+    """What VITQ_DEBUG asks for, each level with those below it, on standard error."""
+    level = settings.DEBUG.value
+    if level >= 1:
+        print(f"target {profile}", file=sys.stderr)
+    if level >= 2:
+        print(kernels_text(report["kernels"]), file=sys.stderr)
+    if level >= 3:
+        functions = {g.name_hint: f for g, f in lowered.functions.items() if g.name_hint != "main"}
+        print(tvm.IRModule(functions).script(), file=sys.stderr)
+    if level >= 4:
+        print(assembly(executable), file=sys.stderr)
 
 
 def versions() -> dict[str, str]:
