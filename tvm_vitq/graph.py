@@ -28,37 +28,47 @@ def _ints(tuple_expr: relax.Expr) -> list[int]:
     return [int(getattr(v, "value", v)) for v in tuple_expr.fields]
 
 
-def _reshape(call: relax.Call, x: Array) -> Array:
-    return x.reshape(shape_of(call))
+Move = Callable[..., Array]
 
 
-def _permute(call: relax.Call, x: Array) -> Array:
-    return x.transpose([int(a) for a in call.attrs.axes])
+def _reshape(call: relax.Call) -> Move:
+    shape = shape_of(call)
+    return lambda x: x.reshape(shape)
 
 
-def _slice(call: relax.Call, x: Array) -> Array:
+def _permute(call: relax.Call) -> Move:
+    axes = [int(a) for a in call.attrs.axes]
+    return lambda x: x.transpose(axes)
+
+
+def _slice(call: relax.Call) -> Move:
     axes, begin, end = (_ints(a) for a in call.args[1:4])
     strides = _ints(call.args[4]) if len(call.args) > 4 else [1] * len(axes)
-    index: list[slice] = [slice(None)] * x.ndim
+    index: list[slice] = [slice(None)] * len(shape_of(call))
     for axis, b, e, s in zip(axes, begin, end, strides, strict=True):
         index[axis] = slice(b, e, s)
-    return x[tuple(index)]
+    return lambda x: x[tuple(index)]
 
 
-def _take(call: relax.Call, x: Array) -> Array:
+def _take(call: relax.Call) -> Move:
     indices = value_of(call.args[1])
-    return x.reshape(-1)[indices] if call.attrs.axis is None else np.take(x, indices, axis=int(call.attrs.axis))
+    if call.attrs.axis is None:
+        return lambda x: x.reshape(-1)[indices]
+    axis = int(call.attrs.axis)
+    return lambda x: np.take(x, indices, axis=axis)
 
 
-def _broadcast(call: relax.Call, x: Array) -> Array:
-    return np.broadcast_to(x, shape_of(call))
+def _broadcast(call: relax.Call) -> Move:
+    shape = shape_of(call)
+    return lambda x: np.broadcast_to(x, shape)
 
 
-def _concat(call: relax.Call, *parts: Array) -> Array:
-    return np.concatenate(parts, axis=int(call.attrs.axis))
+def _concat(call: relax.Call) -> Move:
+    axis = int(call.attrs.axis)
+    return lambda *parts: np.concatenate(parts, axis=axis)
 
 
-MOVEMENT: dict[str, Callable[..., Array]] = {
+MOVEMENT: dict[str, Callable[[relax.Call], Move]] = {
     "relax.reshape": _reshape,
     "relax.permute_dims": _permute,
     "relax.strided_slice": _slice,
@@ -66,7 +76,7 @@ MOVEMENT: dict[str, Callable[..., Array]] = {
     "relax.broadcast_to": _broadcast,
     "relax.concat": _concat,
 }
-"""Operators that only move data, with their execution in NumPy; they apply to integers as to floats."""
+"""Operators that only move data: a call becomes a function of NumPy arrays, of integers as of floats."""
 
 
 def is_movement(expr: relax.Expr) -> bool:
@@ -82,9 +92,14 @@ def data_operands(call: relax.Call) -> list[relax.Expr]:
     return first + rest
 
 
+def movement(call: relax.Call) -> Move:
+    """A data movement call as a function of NumPy arrays."""
+    return MOVEMENT[op_name(call)](call)
+
+
 def move(call: relax.Call, *operands: Array) -> Array:
     """Result of a data movement call on NumPy arrays."""
-    return MOVEMENT[op_name(call)](call, *operands)
+    return movement(call)(*operands)
 
 
 def rebuild_movement(call: relax.Call, operands: list[relax.Expr]) -> relax.Call:

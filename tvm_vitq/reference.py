@@ -13,7 +13,7 @@ from tvm import relax
 
 from tvm_vitq import numerics
 from tvm_vitq.errors import VitqError
-from tvm_vitq.graph import Dataflow, data_operands, is_constant, is_movement, move, value_of
+from tvm_vitq.graph import Dataflow, data_operands, is_constant, is_movement, movement, value_of
 from tvm_vitq.numerics import Array, Output, Partial, Probabilities
 from tvm_vitq.ops import attrs, op_name
 
@@ -136,7 +136,8 @@ def _same(x: Array) -> Array:
 def _executor(binding: relax.VarBinding) -> Callable[..., Array]:
     value = binding.value
     if is_movement(value):
-        return lambda *arrays: np.ascontiguousarray(move(value, *arrays))
+        move = movement(value)
+        return lambda *arrays: np.ascontiguousarray(move(*arrays))
     if op_name(value) in EXECUTE:
         return partial(EXECUTE[op_name(value)], attrs(value))
     raise VitqError(
