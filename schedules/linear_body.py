@@ -1,0 +1,227 @@
+"""The statements of the linear kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from tvm_vitq.numerics import WIDE_MAX
+from tvm_vitq.schedules import packing, tir
+from tvm_vitq.schedules.delayed_lookup import MAX_SIDE_LOOKUPS, DelayedLookup
+from tvm_vitq.schedules.isa import Side
+from tvm_vitq.schedules.kernel import Split
+from tvm_vitq.schedules.packing import GROUP
+from tvm_vitq.schedules.requantize import requantize, zero_lanes
+from tvm_vitq.schedules.tir import TB, Expr
+
+if TYPE_CHECKING:
+    from tvm_vitq.schedules.linear import Linear
+
+
+class LinearBody:
+    """The body of the kernel.
+
+    Tasks are (block of rows) x (panel of columns), run in parallel: a panel of weights stays in the first or
+    second level cache while the rows of the block pass by.
+    """
+
+    def __init__(self, spec: Linear, buffers: dict[str, Expr]) -> None:
+        self.spec, self.b, self.isa = spec, buffers, spec.target
+        self.rows = Split.of(spec.m, spec.tiles.rows)
+        self.panels = Split.of(packing.padded(spec.n, GROUP) // GROUP, spec.tiles.columns // GROUP)
+        self.blocks = Split.of(self.rows.count, max(1, spec.tiles.block_rows // spec.tiles.rows))
+        self.groups = max(spec.groups, 1)
+        self.left: Expr = buffers["x"]
+
+    def emit(self) -> None:
+        if self.spec.staged:
+            self._stage()
+        with TB.parallel(0, self.panels.count * self.blocks.count) as task:
+            panel = tir.let(task // self.blocks.count)
+            block = tir.let(task % self.blocks.count)
+            self._split(
+                self.panels, panel, lambda first, size: self._panel(block, first * GROUP, size * GROUP)
+            )
+
+    def _split(self, split: Split, index: Expr, body: Callable[[Expr, int], None]) -> None:
+        """Runs body(first unit, static size) for piece `index` of a Split."""
+        small_first = split.number_large * split.large
+        if split.number_large == split.count:
+            body(index * split.large, split.large)
+        else:
+            tir.choose(
+                index < split.number_large,
+                lambda: body(tir.let(index * split.large), split.large),
+                lambda: body(tir.let(small_first + (index - split.number_large) * split.small), split.small),
+            )
+
+    def _stage(self) -> None:
+        """x in the type and with the padding that the register tile reads."""
+        spec, width, depth = self.spec, self.spec.group_width, self.spec.depth
+        staged = tir.scratch(spec.m * self.groups * depth, self.isa.left_dtype("int8"))
+        # Waking the other threads takes as long as converting some 100 KB.
+        rows = TB.parallel(0, spec.m) if spec.m * spec.k > 2**17 else TB.serial(0, spec.m)
+        with rows as row, TB.serial(0, self.groups) as group:
+            base = tir.let((row * self.groups + group) * depth)
+            done = 0
+            for lanes in (64, 16, 1):
+                count = (width - done) // lanes
+                if count:
+                    with TB.serial(0, count) as i:
+                        at = done + i * lanes
+                        value = tir.load(self.b["x"], [row, group * width + at], lanes)
+                        tir.store(staged, self.isa.convert_left(value, "int8", lanes), base + at, lanes)
+                done += count * lanes
+            for i in range(width, depth):
+                tir.store(staged, self.isa.convert_left(tir.constant(0, "int8", 1), "int8", 1), base + i, 1)
+        self.left = staged
+
+    def _panel(self, block: Expr, column: Expr, columns: int) -> None:
+        """All rows of the block for one panel; `columns` is static."""
+        large = self.blocks.large
+        lookup = DelayedLookup(self, column, columns) if self.delays_lookup else None
+        with TB.serial(0, large) as i:
+            tile = tir.let(block * large + i)
+            with tir.when(tile < self.rows.count):
+                if lookup is not None:
+                    lookup.tile = tile
+                self._split(self.rows, tile, lambda row, rows: self._tile(row, column, rows, columns, lookup))
+        if lookup is not None:
+            lookup.finish(tir.let(tir.minimum(block * large + large, self.rows.count)))
+
+    @property
+    def delays_lookup(self) -> bool:
+        """Whether table lookups of a tile are done inside the product of the next one."""
+        spec = self.spec
+        elements = self.rows.large * spec.tiles.columns
+        per_step = tir.ceildiv(elements, self.isa.side_steps(spec.tiles.columns, spec.depth))
+        return bool(spec.lookup) and self.isa.has_side and not spec.groups and per_step <= MAX_SIDE_LOOKUPS
+
+    def _tile(self, row: Expr, column: Expr, rows: int, columns: int, lookup: DelayedLookup | None) -> None:
+        sums = tir.scratch(rows * columns, "int32")
+        if self.spec.groups:
+            self._partial(sums, row, column, rows, columns)
+        else:
+            self._product(sums, row, column, rows, columns, 0, lookup.step if lookup else None)
+        if lookup is not None:
+            lookup.write_previous()
+        self._epilogue(sums, row, column, rows, columns, lookup)
+
+    def _product(
+        self,
+        sums: Expr,
+        row: Expr,
+        column: Expr,
+        rows: int,
+        columns: int,
+        group: Expr,
+        side: Side | None = None,
+    ) -> None:
+        """sums = x[rows, group] @ weight[columns, group].T"""
+        spec, depth = self.spec, self.spec.depth
+        base = tir.let(column * (self.groups * depth) + group * (depth * columns))
+
+        def left(r: int, k: Expr, n: int) -> Expr:
+            if spec.staged:
+                return tir.load(self.left, ((row + r) * self.groups + group) * depth + k, n)
+            return tir.load(self.left, [row + r, group * depth + k], n)
+
+        def right(offset: Expr, n: int) -> Expr:
+            return tir.load(self.b["weight"], base + offset, n)
+
+        def sink(r: int, c: int, value: Expr, lanes: int) -> None:
+            tir.store(sums, value, r * columns + c, lanes)
+
+        if side is None:
+            self.isa.matmul(rows, columns, depth, left, right, sink, "int8", False)
+        else:
+            self.isa.matmul(rows, columns, depth, left, right, sink, "int8", False, side)
+
+    def _partial(self, sums: Expr, row: Expr, column: Expr, rows: int, columns: int) -> None:
+        """sums = sum over groups of the rounded, scaled products; bias comes with the epilogue."""
+        dots = tir.scratch(rows * columns, "int32")
+        for i in range(0, rows * columns, GROUP):
+            tir.store(sums, tir.constant(0, "int32"), i)
+        with TB.serial(0, self.groups) as group:
+            self._product(dots, row, column, rows, columns, group)
+            for c in range(0, columns, GROUP):
+                at = [group, column + c]
+                bias = tir.let(tir.load(self.b["group_bias"], at))
+                multiplier = tir.let(tir.load(self.b["group_multiplier"], at))
+                colsum = tir.let(tir.load(self.b["colsum"], at)) if self.spec.row_zero_points else None
+                for r in range(rows):
+                    value = tir.load(dots, r * columns + c) + bias
+                    if colsum is not None:
+                        value = value - tir.splat(tir.load(self.b["row_zero_point"], row + r, 1)) * colsum
+                    scaled = tir.cast(value, "float32") * multiplier
+                    if self.spec.row_scales:
+                        scaled = scaled * tir.splat(tir.load(self.b["row_multiplier"], row + r, 1))
+                    scaled = tir.clip(scaled, float(-WIDE_MAX), float(WIDE_MAX), "float32")
+                    old = tir.load(sums, r * columns + c)
+                    tir.store(sums, old + tir.rint(scaled), r * columns + c)
+
+    def _epilogue(
+        self, sums: Expr, row: Expr, column: Expr, rows: int, columns: int, lookup: DelayedLookup | None
+    ) -> None:
+        spec, out = self.spec, self.spec.out
+        indices = None
+        if spec.lookup:
+            indices = lookup.indices if lookup else tir.scratch(rows * columns, "uint16")
+        for c in range(0, columns, GROUP):
+            bias = tir.let(tir.load(self.b["bias"], column + c))
+            multiplier = tir.let(tir.load(self.b["multiplier"], column + c))
+            zero = zero_lanes(self._zero_point(column + c), out, GROUP, self.isa.saturating_rint)
+            for r in range(rows):
+                value = tir.load(sums, r * columns + c) + bias
+                value = requantize(value, multiplier, zero, out)
+                if indices is not None:
+                    tir.store(indices, tir.cast(value, "uint16"), r * columns + c)
+                else:
+                    self.write(tir.let(value), row + r, column + c, last=c + GROUP == columns)
+        if indices is not None and lookup is None:
+            valid = columns if spec.n % GROUP == 0 else tir.let(tir.minimum(columns, spec.n - column))
+            for r in range(rows):
+                with TB.serial(0, valid) as c:
+                    entry = tir.load(
+                        self.b["table"], tir.cast(tir.load(indices, r * columns + c, 1), "int32", 1), 1
+                    )
+                    tir.store(self.b["out"], entry, [row + r, column + c], 1)
+
+    def _zero_point(self, column: Expr) -> Expr | None:
+        if self.spec.zero_point == "none":
+            return None
+        if self.spec.zero_point == "scalar":
+            return tir.let(tir.splat(tir.load(self.b["zero_point"], 0, 1)))
+        return tir.let(tir.load(self.b["zero_point"], column))
+
+    def write(self, value: Expr, row: Expr, column: Expr, last: bool) -> None:
+        """Stores one vector, adding the residual; the last one of a panel may reach beyond column n."""
+        tail = self.spec.n % GROUP
+        if not (last and tail):
+            self._write_lanes(value, row, column, GROUP)
+            return
+
+        def partly() -> None:
+            lane = tir.scratch(GROUP, self._value_dtype)
+            tir.store(lane, value, 0)
+            with TB.serial(0, tail) as i:
+                self._write_lanes(tir.load(lane, i, 1), row, column + i, 1)
+
+        tir.choose(
+            column + GROUP <= self.spec.n, lambda: self._write_lanes(value, row, column, GROUP), partly
+        )
+
+    @property
+    def _value_dtype(self) -> str:
+        """Type of the vectors that _write receives."""
+        if self.spec.lookup:
+            return self.spec.lookup
+        return "float32" if self.spec.out.dtype == "float32" else "int32"
+
+    def _write_lanes(self, value: Expr, row: Expr, column: Expr, lanes: int) -> None:
+        if self.spec.residual:
+            total = value + tir.load(self.b["residual"], [row, column], lanes)
+            value = tir.clip(total, -WIDE_MAX, WIDE_MAX, "int32", lanes)
+        if self._value_dtype != self.spec.out_dtype:
+            value = tir.cast(value, self.spec.out_dtype, lanes)
+        tir.store(self.b["out"], value, [row, column], lanes)
