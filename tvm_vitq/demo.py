@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tvm_vitq.quantized_model import QuantizedModel
 
 AARCH64 = "aarch64-dotprod"
-EMULATED_IMAGES = 32
+EMULATED_IMAGES = 16
 EMULATION_SECONDS = 60.0
 
 DEFAULT_ROWS = (("vit", "w8a8"), ("vit_outlier", "w8a8"), ("swin", "w8a8"), ("vit", "w4a4"))
@@ -301,4 +301,4 @@ def _aarch64(
 def _latency(path: Path) -> float:
     import tvm_vitq
 
-    return float(tvm_vitq.load_library(path, num_threads=1).benchmark()["median_ms"])
+    return float(tvm_vitq.load_library(path, num_threads=1).benchmark(repeat=300)["median_ms"])
