@@ -42,9 +42,14 @@ def activation_views(job: Job) -> dict[str, View]:
     return {s.name: view_of(empty_quantizer(job, s, spec)) for s, spec in job.fitted_sites(*ACTIVATIONS)}
 
 
-def probability_views(job: Job, limit: int = 8) -> dict[str, View]:
-    """How to summarize the attention probabilities that `fit_probabilities` searches a range for."""
-    return {site.name: View("tensor") for site, spec in job.fitted_sites("probs") if spec.bits < limit}
+SMALLEST_PROBABILITY = 2.0**-6
+"""Smallest upper end of a range of probabilities: at 8 bits a step of 2**-14, the finest that the integer softmax has
+room for (it keeps 15 bits of each exponential)."""
+
+
+def probability_views(job: Job) -> dict[str, View]:
+    """How to summarize the attention probabilities."""
+    return {site.name: View("tensor") for site, _ in job.fitted_sites("probs")}
 
 
 def fit_activations(job: Job, summaries: dict[str, Summary], rule: RangeRule) -> None:
@@ -55,14 +60,14 @@ def fit_activations(job: Job, summaries: dict[str, Summary], rule: RangeRule) ->
             job.quantizers[site.name] = _filled(empty, summaries[site.name], rule)
 
 
-def fit_probabilities(job: Job, summaries: dict[str, Summary], rule: RangeRule, limit: int = 8) -> None:
-    """Quantizers of attention probabilities: ``[0, 1]`` from `limit` bits on, below it the rule's upper
-    end.
+def fit_probabilities(job: Job, summaries: dict[str, Summary], rule: RangeRule) -> None:
+    """Quantizers of attention probabilities: from 0 to the rule's upper end.
+
+    Not to 1: where attention is spread over hundreds of tokens, no probability comes near 1, and a step of
+    1 / 255 would leave them a single code.
     """
     for site, spec in job.fitted_sites("probs"):
-        high = torch.ones(1)
-        if spec.bits < limit:
-            high = rule(summaries[site.name], spec.bits, False)[1].clamp(max=1.0)
+        high = rule(summaries[site.name], spec.bits, False)[1].clamp(SMALLEST_PROBABILITY, 1.0)
         scale = (high / (2**spec.bits - 1)).tolist()
         job.quantizers[site.name] = SiteQuantizer(spec.bits, scale, [0])
 

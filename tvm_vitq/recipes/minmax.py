@@ -21,7 +21,7 @@ class MinMax(Recipe):
         from tvm_vitq.calibrate import fit, searches
         from tvm_vitq.calibrate.observe import observe
 
-        summaries = observe(job, fit.activation_views(job))
+        summaries = observe(job, fit.activation_views(job) | fit.probability_views(job))
         fit.fit_activations(job, summaries, searches.minmax)
-        fit.fit_probabilities(job, summaries, searches.minmax, limit=2)
+        fit.fit_probabilities(job, summaries, searches.minmax)
         fit.fit_weights(job, searches.minmax)

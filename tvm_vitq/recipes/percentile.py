@@ -18,8 +18,9 @@ class Percentile(Recipe):
     """The quantization frame of RepQ-ViT with uniform quantizers only.
 
     Activations: of the quantiles in `percentiles` the one with the smallest squared error; at 8 bits the
-    widest, since clipped values hurt the logits more than their squared error says. LayerNorm
-    outputs: a range per channel, folded exactly into gamma, beta and the following linear layers
+    widest, since clipped values hurt the logits more than their squared error says. Probabilities: likewise,
+    and their largest value at 8 bits. LayerNorm outputs: a range per channel, at 8 bits with room for unseen
+    values (`searches.unseen`), folded exactly into gamma, beta and the following linear layers
     (`calibrate.reparameterize`). Weights: their whole range at 8 bits, below it a squared-error search,
     after folding.
 
@@ -42,7 +43,7 @@ class Percentile(Recipe):
         folds = find_folds(job) if self.fold else []
         views = fit.activation_views(job) | fit.probability_views(job)
         summaries = observe_with_folds(job, folds, views, 1.0 - min(self.percentiles))
-        fold_layer_norms(job, folds, summaries, rule)
+        fold_layer_norms(job, folds, summaries, searches.by_bits(rule, searches.unseen(searches.minmax)))
         fit.fit_activations(job, summaries, rule)
-        fit.fit_probabilities(job, summaries, rule)
+        fit.fit_probabilities(job, summaries, searches.by_bits(rule, searches.minmax))
         fit.fit_weights(job, searches.by_bits(searches.mse(), searches.minmax))
