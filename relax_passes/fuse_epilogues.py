@@ -3,8 +3,9 @@
 ``int_lookup(int_linear(x), table)  -->  fused_linear(x, ..., table)``
 ``int_add(move(int_linear(x)), residual)  -->  fused_linear(move(x), ..., residual)``
 
-where `move` only reorders rows (reshape, window reverse, roll): a linear layer works row by row, and moving its 8-bit
-input is cheaper than moving its wide result. The sums then leave the registers as the layer's final result.
+where `move` only reorders rows (reshape, window reverse, roll): a linear layer works row by row, and moving
+its 8-bit input is cheaper than moving its wide result. The sums then leave the registers as the layer's final
+result.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import numpy as np
 import tvm
 from tvm import relax
 from tvm.ir import Call, Expr
-from tvm_vitq.relax_passes.rewriter import Rewriter, constant, is_constant
 
 from tvm_vitq.graph import data_operands, is_movement, positions, rows_moved
 from tvm_vitq.ops import attrs, call, op_name, shape_of
+from tvm_vitq.relax_passes.rewriter import Rewriter, constant, is_constant
 
 
 def fuse_epilogues(mod: tvm.IRModule) -> tvm.IRModule:
@@ -30,7 +31,11 @@ class _Fuser(Rewriter):
     def rewrite(self, node: Call, name: str) -> Expr | None:
         if op_name(node) == "vitq.int_lookup":
             linear, path = self.layer_behind(node.args[0])
-            return _fused(linear, linear.args[0], "lookup", node.args[1]) if linear is not None and not path else None
+            return (
+                _fused(linear, linear.args[0], "lookup", node.args[1])
+                if linear is not None and not path
+                else None
+            )
         if op_name(node) == "vitq.int_add":
             for own, other in (node.args, reversed(node.args)):
                 fused = self.residual(own, other, node, name)
@@ -39,7 +44,9 @@ class _Fuser(Rewriter):
         return None
 
     def residual(self, own: Expr, other: Expr, node: Call, name: str) -> Expr | None:
-        """The sum of a layer's moved result `own` and `other` as one operator, if shapes and movements allow it."""
+        """The sum of a layer's moved result `own` and `other` as one operator, if shapes and movements allow
+        it.
+        """
         linear, path = self.layer_behind(own)
         size = math.prod(shape_of(node))
         if linear is None or is_constant(other) or attrs(linear)["out_dtype"] != "int32":
@@ -56,7 +63,9 @@ class _Fuser(Rewriter):
         return _fused(linear, x, "residual", other)
 
     def layer_behind(self, expr: Expr) -> tuple[Call | None, list[Call]]:
-        """The int_linear behind `expr` and the movements in between, in order, if nothing else reads any of them."""
+        """The int_linear behind `expr` and the movements in between, in order, if nothing else reads any of
+        them.
+        """
         path: list[Call] = []
         while self.readers(expr) == 1:
             node = self.definition(expr)

@@ -1,12 +1,12 @@
 """Lets attention read q, k and v where they lie and write its result where the next layer reads it.
 
-The movements between a qkv layer and attention (reshape, permute, slice) leave q, k and v where a matrix view finds
-them in the layer's output. Then no copy is needed:
+The movements between a qkv layer and attention (reshape, permute, slice) leave q, k and v where a matrix view
+finds them in the layer's output. Then no copy is needed:
 
 ``int_attention(permute(reshape(slice(qkv))), ...)  -->  fused_attention(qkv, ..., q_view)``
 
-The fused operator returns [B, T, H * D]; movements that end where they began become one reshape. Movements that no
-view describes (shifted windows) stay copies of 8-bit codes.
+The fused operator returns [B, T, H * D]; movements that end where they began become one reshape. Movements
+that no view describes (shifted windows) stay copies of 8-bit codes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ import numpy as np
 import tvm
 from tvm import relax
 from tvm.ir import Call, Expr, Var
-from tvm_vitq.relax_passes.rewriter import Rewriter, constant
 
 from tvm_vitq.graph import data_operands, is_movement, positions, rows_moved
 from tvm_vitq.numerics import Array
 from tvm_vitq.ops import attrs, call, op_name, shape_of
+from tvm_vitq.relax_passes.rewriter import Rewriter, constant
+
 
 @dataclass(frozen=True)
 class MatrixView:
-    """Element [b, h, t, d] lies in row ``b * rows + row + t``, column ``column + h * head_stride + d`` of a matrix."""
+    """Element [b, h, t, d] lies in row ``b * rows + row + t``, column ``column + h * head_stride + d`` of a
+    matrix.
+    """
 
     width: int
     column: int
@@ -79,8 +82,8 @@ class _Fuser(Rewriter):
             expr = data_operands(node)[0]
 
     def collapse(self, node: Call, name: str) -> Expr | None:
-        """A chain of movements that restores the order of its source becomes a reshape of the source; one that only
-        reorders rows, in several steps (a shifted window partition), becomes one gather of rows."""
+        """A chain of movements that restores the order of its source becomes a reshape of the source; one
+        that only reorders rows, in several steps (a shifted window partition), becomes one gather of rows."""
         source, path = self.origin(data_operands(node)[0])
         if not isinstance(source, Var) or not path:
             return None
@@ -112,11 +115,13 @@ class _Fuser(Rewriter):
         return relax.op.permute_dims(apart, [0, 2, 1, 3])
 
     def view(self, operand: Expr, name: str) -> tuple[Expr, MatrixView]:
-        """What attention reads in place of `operand`, and where in it; a copy with tokens as rows if need be."""
+        """What attention reads in place of `operand`, and where in it; a copy with tokens as rows if need
+        be.
+        """
         source, path = self.origin(operand)
         found = matrix_view(positions(path, shape_of(source)), math.prod(shape_of(source)))
         if found is None:
-            batch, heads, tokens, depth = shape_of(operand)
+            _, heads, tokens, depth = shape_of(operand)
             source = self.emit(relax.op.permute_dims(operand, [0, 2, 1, 3]), f"{name}_rows")
             found = MatrixView(heads * depth, 0, depth, tokens, 0)
         return source, found

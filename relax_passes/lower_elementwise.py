@@ -1,4 +1,5 @@
-"""Elementwise integer operators as tensor expressions, so that TVM fuses them with each other and with data movement.
+"""Elementwise integer operators as tensor expressions, so that TVM fuses them with each other and with data
+movement.
 
 Each function is the operator of the same name in tvm_vitq/numerics.py, one element at a time.
 """
@@ -48,10 +49,14 @@ def _round_shift(value: Expr, shift: int) -> Expr:
     """Half up; in 64 bits, as the sum with the half could leave int32."""
     wide = tirx.Cast("int64", value)
     half = tirx.const(1 << (shift - 1) if shift > 0 else 0, "int64")
-    return tirx.Cast("int32", _clip((wide + half) >> tirx.const(shift, "int64"), -WIDE_MAX, WIDE_MAX, "int64"))
+    return tirx.Cast(
+        "int32", _clip((wide + half) >> tirx.const(shift, "int64"), -WIDE_MAX, WIDE_MAX, "int64")
+    )
 
 
-def _requantized(value: Expr, multiplier: Operand, zero: Operand, info: dict[str, Any], index: tuple[Expr, ...]) -> Expr:
+def _requantized(
+    value: Expr, multiplier: Operand, zero: Operand, info: dict[str, Any], index: tuple[Expr, ...]
+) -> Expr:
     if info.get("kind") == "shift":
         if isinstance(multiplier, te.Tensor):
             raise VitqError("shift requantization of single tensors takes one shift", where=info.get("site"))
@@ -64,7 +69,9 @@ def _requantized(value: Expr, multiplier: Operand, zero: Operand, info: dict[str
 
 def int_quantize(info: dict[str, Any], x: te.Tensor, inverse_scale: Operand, zero: Operand) -> te.Tensor:
     exact = {**info, "kind": "multiply"}
-    return te.compute(x.shape, lambda *i: _requantized(x(*i), inverse_scale, zero, exact, i), name="int_quantize")
+    return te.compute(
+        x.shape, lambda *i: _requantized(x(*i), inverse_scale, zero, exact, i), name="int_quantize"
+    )
 
 
 def int_requantize(
@@ -79,7 +86,9 @@ def int_requantize(
 
 def int_dequantize(info: dict[str, Any], x: te.Tensor, scale: Operand, zero: Operand) -> te.Tensor:
     def element(*i: Expr) -> Expr:
-        return tirx.Cast("float32", tirx.Cast("int32", x(*i)) - _at(zero, i, "int32")) * _at(scale, i, "float32")
+        return tirx.Cast("float32", tirx.Cast("int32", x(*i)) - _at(zero, i, "int32")) * _at(
+            scale, i, "float32"
+        )
 
     return te.compute(x.shape, element, name="int_dequantize")
 
@@ -95,7 +104,9 @@ def int_add(info: dict[str, Any], a: Operand, b: Operand) -> te.Tensor:
     return te.compute(info["shape"], element, name="int_add")
 
 
-def int_multiply(info: dict[str, Any], a: te.Tensor, b: te.Tensor, multiplier: Operand, zero: Operand) -> te.Tensor:
+def int_multiply(
+    info: dict[str, Any], a: te.Tensor, b: te.Tensor, multiplier: Operand, zero: Operand
+) -> te.Tensor:
     def element(*i: Expr) -> Expr:
         product = tirx.Cast("int32", _at(a, i, "int32")) * tirx.Cast("int32", _at(b, i, "int32"))
         return _requantized(product, multiplier, zero, info, i)
@@ -137,6 +148,8 @@ def operands(node: Call) -> tuple[list[Expr], Callable[..., te.Tensor]]:
 
     def expression(*given: te.Tensor) -> te.Tensor:
         left = list(given)
-        return EXPRESSIONS[op_name(node)](info, *(numbers[n] if n in numbers else left.pop(0) for n in range(len(node.args))))
+        return EXPRESSIONS[op_name(node)](
+            info, *(numbers[n] if n in numbers else left.pop(0) for n in range(len(node.args)))
+        )
 
     return tensors, expression

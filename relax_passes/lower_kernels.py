@@ -1,8 +1,8 @@
 """Lowers integer operators to kernels of one target; constants are packed for them.
 
-A rule maps an operator to a kernel specification of schedules/, which knows the function's arguments and packs its
-constants; equal specifications share one function. Elementwise operators become tensor expressions, which TVM fuses with
-data movement. Movement itself and float islands are left to the passes that follow.
+A rule maps an operator to a kernel specification of schedules/, which knows the function's arguments and
+packs its constants; equal specifications share one function. Elementwise operators become tensor expressions,
+which TVM fuses with data movement. Movement itself and float islands are left to the passes that follow.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numpy as np
 import tvm
 from tvm import relax
 from tvm.ir import Call, Expr
+
+from tvm_vitq.graph import value_of
+from tvm_vitq.numerics import Array, Output, Partial
+from tvm_vitq.ops import attrs, dtype_of, op_name, shape_of
 from tvm_vitq.relax_passes.lower_elementwise import EXPRESSIONS, operands
 from tvm_vitq.relax_passes.rewriter import Rewriter, constant
 from tvm_vitq.schedules.attention import Attention, Probs, View
 from tvm_vitq.schedules.kernel import Kernel
 from tvm_vitq.schedules.layer_norm import LayerNorm
 from tvm_vitq.schedules.linear import Linear
-
-from tvm_vitq.graph import value_of
-from tvm_vitq.numerics import Array, Output, Partial
-from tvm_vitq.ops import attrs, dtype_of, op_name, shape_of
 from tvm_vitq.targets import TargetProfile
 
 KERNEL_ATTRIBUTE = "vitq.macs"
@@ -76,7 +76,9 @@ class _Lowering(Rewriter):
         rule = self.rules.get(op_name(node))
         return None if rule is None else rule(node, attrs(node))
 
-    def call_kernel(self, spec: Specification, node: Call, tensors: list[Expr], constants: list[Array]) -> Expr:
+    def call_kernel(
+        self, spec: Specification, node: Call, tensors: list[Expr], constants: list[Array]
+    ) -> Expr:
         """A call with inputs in the order of the kernel's arguments; the result has the operator's shape."""
         if spec.name not in self.made:
             kernel = spec.kernel()
@@ -89,7 +91,9 @@ class _Lowering(Rewriter):
             value = waiting[argument.role].pop(0)
             args.append(self.shaped(value, argument.shape))
         out = kernel.arguments[-1]
-        result = self.emit(relax.call_tir(function_name, args, relax.TensorType(out.shape, out.dtype)), spec.name)
+        result = self.emit(
+            relax.call_tir(function_name, args, relax.TensorType(out.shape, out.dtype)), spec.name
+        )
         return self.shaped(result, tuple(shape_of(node)))
 
     def shaped(self, value: Expr, shape: tuple[int, ...]) -> Expr:
@@ -120,7 +124,9 @@ class _Lowering(Rewriter):
             row_scales=partial is not None and partial.row_multiplier is not None,
             row_zero_points=partial is not None and partial.row_zero_point is not None,
         )
-        constants = spec.pack(weight, bias, multiplier, zero if zero.size > 1 else int(zero.reshape(-1)[0]), partial)
+        constants = spec.pack(
+            weight, bias, multiplier, zero if zero.size > 1 else int(zero.reshape(-1)[0]), partial
+        )
         return self.call_kernel(spec, node, [x, *extra], constants)
 
     def layer_norm(self, node: Call, info: dict[str, Any]) -> Expr:

@@ -1,8 +1,9 @@
 """Realize: from the annotated float graph and its plan to the integer graph.
 
-Every float tensor gets one integer format, chosen from what its consumers ask for (see formats.py); every canonical
-operator becomes the integer operator of the same name, whose output conversion produces that format. Operators that
-have no integer form keep their float inputs and outputs: float islands, listed in the build report.
+Every float tensor gets one integer format, chosen from what its consumers ask for (see formats.py); every
+canonical operator becomes the integer operator of the same name, whose output conversion produces that
+format. Operators that have no integer form keep their float inputs and outputs: float islands, listed in the
+build report.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def realize(mod: tvm.IRModule, plan: QuantPlan) -> tvm.IRModule:
 
 def const(value: Array) -> relax.Expr:
     value = np.asarray(value)
-    return relax.const(np.ascontiguousarray(value).reshape(value.shape), str(value.dtype))  # else int64 becomes int32
+    # The dtype is named because int64 would become int32.
+    return relax.const(np.ascontiguousarray(value).reshape(value.shape), str(value.dtype))
 
 
 def _no_range(var: relax.Var) -> VitqError:
@@ -69,7 +71,8 @@ class _Realizer:
         self.wide = _WideFormats({var: wide_format(r) for var, r in wide_ranges(self.graph, plan).items()})
         self.native: dict[relax.Var, tuple[relax.Expr, Format | None]] = {}
         self.converted: dict[tuple, relax.Expr] = {}
-        self.mixed: dict[relax.Var, Format] = {}  # quantize bindings whose codes a linear layer already produces
+        # Quantize bindings whose codes a linear layer already produces.
+        self.mixed: dict[relax.Var, Format] = {}
         self.choice: dict[relax.Var, Format | None] = {}
         self.rules: dict[str, Callable[[relax.Var, relax.Call], tuple[relax.Expr, Format | None] | None]] = {
             "vitq.quantize": self.quantize,
@@ -105,7 +108,7 @@ class _Realizer:
         done = rule(var, value) if rule else None
         return done or (self.island(var, value), None)
 
-    # Formats ---------------------------------------------------------------------------------------------------
+    # Formats ------------------------------------------------------------------------------------------------
 
     def wanted(self, var: relax.Var) -> Format | None:
         """The one format that all consumers of `var` ask for; the wide one if they differ; None for float."""
@@ -157,7 +160,9 @@ class _Realizer:
             return native
         slot = (expr, None if to is None else to.key)
         if slot not in self.converted:
-            self.converted[slot] = self.builder.emit(self.convert(native, have, to), name_hint=f"{expr.name}_converted")
+            self.converted[slot] = self.builder.emit(
+                self.convert(native, have, to), name_hint=f"{expr.name}_converted"
+            )
         return self.converted[slot]
 
     def convert(self, native: relax.Expr, have: Format | None, to: Format | None) -> relax.Call:
@@ -193,7 +198,7 @@ class _Realizer:
             )
         return "shift" if exponent.max() <= 0 else "multiply"
 
-    # Operators -------------------------------------------------------------------------------------------------
+    # Operators ----------------------------------------------------------------------------------------------
 
     def emit(self, var: relax.Var, value: relax.Call) -> relax.Var:
         return self.builder.emit(value, name_hint=var.name)
@@ -211,7 +216,9 @@ class _Realizer:
 
     def island(self, var: relax.Var, value: relax.Expr) -> relax.Expr:
         if isinstance(value, relax.TupleGetItem):
-            return self.builder.emit(relax.TupleGetItem(self.native[value.tuple_value][0], value.index), var.name)
+            return self.builder.emit(
+                relax.TupleGetItem(self.native[value.tuple_value][0], value.index), var.name
+            )
         if isinstance(value, relax.Tuple):
             return relax.Tuple([self.get(a, None) for a in value.fields])
         args = [self.island_operand(a) for a in value.args]
@@ -232,11 +239,15 @@ class _Realizer:
         site = attrs(value)["site"]
         codes, x = self.native[value.args[0]]
         if x is None or x.dtype != "int8":
-            raise VitqError("the input of a linear layer has no quantizer", where=site, fix="run annotate first")
+            raise VitqError(
+                "the input of a linear layer has no quantizer", where=site, fix="run annotate first"
+            )
         weight, bias = (value_of(a).astype(np.float64) for a in value.args[1:])
         quantizer = self.plan[f"{site}.weight"]
-        scale = np.asarray(quantizer.scale).reshape(-1, 1) if quantizer.granularity != "group" else (
-            np.asarray(quantizer.scale).reshape(len(weight), -1)
+        scale = (
+            np.asarray(quantizer.scale).reshape(-1, 1)
+            if quantizer.granularity != "group"
+            else (np.asarray(quantizer.scale).reshape(len(weight), -1))
         )
         scale = np.broadcast_to(scale, (len(weight), scale.shape[1]))
         native, out = self.column_formats(var), self.wanted(var)
@@ -259,12 +270,18 @@ class _Realizer:
     def column_formats(self, var: relax.Var) -> Format | None:
         """One format with scales per output channel, if all uses are quantizers that read different channels.
 
-        So the q, k and v parts of one layer, or single heads, get their codes from the layer's own requantization.
+        So q, k and v of one layer, or single heads, get their codes from the layer's own requantization.
         """
         leaves = list(self.graph.leaves(var))
         formats = [self.demand(leaf) for leaf in leaves]
-        quantizers = [leaf.consumer is not None and op_name(leaf.consumer.value) == "vitq.quantize" for leaf in leaves]
-        if not all(quantizers) or not leaves or any(f is None or f.granularity not in ("tensor", "head") for f in formats):
+        quantizers = [
+            leaf.consumer is not None and op_name(leaf.consumer.value) == "vitq.quantize" for leaf in leaves
+        ]
+        if (
+            not all(quantizers)
+            or not leaves
+            or any(f is None or f.granularity not in ("tensor", "head") for f in formats)
+        ):
             return None
         chosen: list[Format] = [f for f in formats if f is not None]
         if len({f.key for f in chosen}) == 1 and chosen[0].granularity == "tensor":
@@ -296,8 +313,13 @@ class _Realizer:
         node = call(
             "vitq.int_layer_norm",
             [self.get(value.args[0], x), const(made.gain), const(made.offset)],
-            site=site, shift=made.shift, epsilon=made.epsilon, out_dtype=out.dtype, qmin=out.qmin, qmax=out.qmax,
-        )  # fmt: skip
+            site=site,
+            shift=made.shift,
+            epsilon=made.epsilon,
+            out_dtype=out.dtype,
+            qmin=out.qmin,
+            qmax=out.qmax,
+        )
         return self.emit(var, node), out
 
     def activation(self, var: relax.Var, value: relax.Call) -> tuple[relax.Expr, Format] | None:
@@ -330,17 +352,29 @@ class _Realizer:
             args.append(const(probs.table))
         args += [const(additive_scores(value_of(a))) for a in value.args[3:]]
         node = call(
-            "vitq.int_attention", args, site=site, softmax=info["kind"], prob_max=probs.qmax, numerator=probs.numerator,
-            shift=probs.shift, guard=probs.guard, zero_point=int(out.zero_point), out_dtype=out.dtype,
-            qmin=out.qmin, qmax=out.qmax, kind=self.rounding(made.multiplier, site),
-        )  # fmt: skip
+            "vitq.int_attention",
+            args,
+            site=site,
+            softmax=info["kind"],
+            prob_max=probs.qmax,
+            numerator=probs.numerator,
+            shift=probs.shift,
+            guard=probs.guard,
+            zero_point=int(out.zero_point),
+            out_dtype=out.dtype,
+            qmin=out.qmin,
+            qmax=out.qmax,
+            kind=self.rounding(made.multiplier, site),
+        )
         return self.emit(var, node), out
 
     def mean(self, var: relax.Var, value: relax.Call) -> tuple[relax.Expr, Format] | None:
         x = value.args[0]
         if self.native[x][1] is None:
             return None
-        node = call("vitq.int_mean", [self.get(x, self.wide[x])], axis=attrs(value)["axis"], out_dtype="int32")
+        node = call(
+            "vitq.int_mean", [self.get(x, self.wide[x])], axis=attrs(value)["axis"], out_dtype="int32"
+        )
         return self.emit(var, node), self.wide[x]
 
     def add(self, var: relax.Var, value: relax.Call) -> tuple[relax.Expr, Format] | None:
@@ -358,14 +392,21 @@ class _Realizer:
         if constant:
             x = next(v for v in value.args if not is_constant(v))
             ratio = value_of(constant[0]) * self.wide[x].scale / out.scale
-            args = [self.get(x, self.wide[x]), const(np.float32(ratio)), const(out.zero_point), const(np.int32(0))]
+            args = [
+                self.get(x, self.wide[x]),
+                const(np.float32(ratio)),
+                const(out.zero_point),
+                const(np.int32(0)),
+            ]
             kind = "multiply"  # by the model's own constant, which no plan makes a power of two
             return self.emit(var, call("vitq.int_requantize", args, kind=kind, **limits)), out
         gates = [self.gate(v) for v in value.args]
         factors = [self.get(v, g) for v, g in zip(value.args, gates, strict=True)]
         ratio = gates[0].scale * gates[1].scale / out.scale
         args = [*factors, const(np.float32(ratio)), const(out.zero_point)]
-        return self.emit(var, call("vitq.int_multiply", args, kind=self.rounding(ratio, var.name), **limits)), out
+        return self.emit(
+            var, call("vitq.int_multiply", args, kind=self.rounding(ratio, var.name), **limits)
+        ), out
 
     def gate(self, var: relax.Var) -> Format:
         return gate_format(self.range_of(var), self.plan.requantize == "shift")
@@ -379,5 +420,7 @@ def float_islands(mod: tvm.IRModule) -> list[tuple[str, str]]:
     return [
         (b.var.name, op_name(b.value))
         for b in Dataflow(mod).bindings
-        if isinstance(b.value, relax.Call) and not is_movement(b.value) and not op_name(b.value).startswith("vitq.int_")
+        if isinstance(b.value, relax.Call)
+        and not is_movement(b.value)
+        and not op_name(b.value).startswith("vitq.int_")
     ]

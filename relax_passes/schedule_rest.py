@@ -1,8 +1,11 @@
-"""Schedules every function that is not a kernel already: fused elementwise operators, data movement, float islands."""
+"""Schedules every function that is not a kernel already: fused elementwise operators, data movement, float
+islands.
+"""
 
 from __future__ import annotations
 
 import tvm
+
 from tvm_vitq.relax_passes.lower_kernels import KERNEL_ATTRIBUTE
 from tvm_vitq.schedules.default_rule import schedule_default
 

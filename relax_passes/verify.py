@@ -13,7 +13,9 @@ from tvm_vitq.ops import attrs, dtype_of, op_name
 
 
 def verify(mod: tvm.IRModule, after: str) -> None:
-    """Raises VitqError, naming the pass, if the module is not well formed or an integer operator breaks its contract."""
+    """Raises VitqError, naming the pass, if the module is not well formed or an integer operator breaks its
+    contract.
+    """
     try:
         relax.analysis.well_formed(mod)
     except tvm.error.TVMError as error:
@@ -30,8 +32,15 @@ def _linear(node: relax.Call, after: str) -> None:
     where = f"{attrs(node)['site']}, after {after}"
     types = (dtype_of(x), dtype_of(weight), dtype_of(bias))
     if types != ("int8", "int8", "int32") or not (is_constant(weight) and is_constant(bias)):
-        raise VitqError("a linear layer has the wrong operands", where=where, got=types, expected="int8, int8, int32")
+        raise VitqError(
+            "a linear layer has the wrong operands", where=where, got=types, expected="int8, int8, int32"
+        )
     w = value_of(weight)
     if w.min(initial=0) < -127:
         raise VitqError("a weight code is -128, which kernels do not allow", where=where)
-    require(linear_bound(w, value_of(bias).astype(np.int64), -128, 127), where, "the layer", "quantize the model anew")
+    require(
+        linear_bound(w, value_of(bias).astype(np.int64), -128, 127),
+        where,
+        "the layer",
+        "quantize the model anew",
+    )

@@ -35,13 +35,19 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     # name: (graph, options of calibrate). Sizes are odd on purpose: tails in rows, columns, depths and keys.
     "vit": (lambda g: g.tiny_vit(dim=48, heads=3, image=28, classes=37, batch=1), {}),
     "vit_batch": (lambda g: g.tiny_vit(batch=3, outliers=20.0, bias=True), {"bits": "w4a4"}),
-    "gated": (lambda g: g.tiny_vit(gated=True, activation="silu", attention="sigmoid", pool="mean"), {"bits": "w3a8"}),
+    "gated": (
+        lambda g: g.tiny_vit(gated=True, activation="silu", attention="sigmoid", pool="mean"),
+        {"bits": "w3a8"},
+    ),
     "mixer": (lambda g: g.tiny_mixer(), {"bits": "w6a6"}),
     "groups": (
         lambda g: g.tiny_vit(dim=64, depth=1),
         {"granularities": Granularities(weight_group=16, input_group=32), "recipe": "minmax"},
     ),
-    "tokens": (lambda g: g.tiny_vit(depth=1), {"granularities": Granularities(input="token"), "recipe": "minmax"}),
+    "tokens": (
+        lambda g: g.tiny_vit(depth=1),
+        {"granularities": Granularities(input="token"), "recipe": "minmax"},
+    ),
     "heads": (lambda g: g.tiny_vit(depth=1, heads=4), {"granularities": Granularities(heads="head")}),
     "shift": (lambda g: g.tiny_vit(depth=1), {"requantize": "shift"}),
 }
@@ -80,7 +86,9 @@ def test_host_library_equals_reference(name, target):
         library.num_threads = threads
         np.testing.assert_array_equal(run(library, images), want)
     dots = [k for k in library.report["kernels"] if k["macs"]]
-    assert dots and all(k["instruction"] in next(i for i in ISAS if i.key == target).summary for k in dots), dots
+    assert dots and all(k["instruction"] in next(i for i in ISAS if i.key == target).summary for k in dots), (
+        dots
+    )
 
 
 @pytest.mark.parametrize("isa", ARM_TARGETS)

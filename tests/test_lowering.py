@@ -20,7 +20,9 @@ from tvm_vitq.targets import parse
 
 
 def graph(emit, *inputs):
-    """A module whose main has `inputs` (name, shape, dtype) and the bindings that emit(builder, *vars) makes."""
+    """A module whose main has `inputs` (name, shape, dtype) and the bindings that emit(builder, *vars)
+    makes.
+    """
     builder = relax.BlockBuilder()
     params = [relax.Var(name, relax.TensorType(shape, dtype)) for name, shape, dtype in inputs]
     with builder.function("main", params):
@@ -34,7 +36,8 @@ def names(mod):
     return [ops.op_name(b.value) for b in mod["main"].body.blocks[0].bindings]
 
 
-def linear(x, n, out_dtype, rng=np.random.default_rng(0)):
+def linear(x, n, out_dtype, rng=None):
+    rng = rng or np.random.default_rng(0)
     k = ops.shape_of(x)[-1]
     operands_ = [
         rng.integers(-127, 128, (n, k)).astype("int8"),
@@ -50,7 +53,9 @@ def linear(x, n, out_dtype, rng=np.random.default_rng(0)):
 def test_lookup_is_fused_into_the_layer_before_it():
     def emit(b, x):
         y = b.emit(linear(x, 8, "uint16"))
-        return ops.call("vitq.int_lookup", [y, relax.const(np.zeros(4096, "int8"))], site="act", out_dtype="int8")
+        return ops.call(
+            "vitq.int_lookup", [y, relax.const(np.zeros(4096, "int8"))], site="act", out_dtype="int8"
+        )
 
     fused = fuse_epilogues(graph(emit, ("x", (2, 5, 16), "int8")))
     assert names(fused) == ["vitq.fused_linear"]
@@ -115,7 +120,9 @@ def attention_on_qkv(batch=2, tokens=5, heads=3, depth=8):
         for i in range(3):
             part = b.emit(relax.op.strided_slice(moved, axes=[0], begin=[i], end=[i + 1]))
             parts.append(b.emit(relax.op.reshape(part, (batch, heads, tokens, depth))))
-        per_head = [relax.const(np.full(heads, v, t)) for v, t in ((1.0, "float32"),) * 2 + ((0, "int32"),) * 3]
+        per_head = [
+            relax.const(np.full(heads, v, t)) for v, t in ((1.0, "float32"),) * 2 + ((0, "int32"),) * 3
+        ]
         mixed = b.emit(
             ops.call(
                 "vitq.int_attention", [*parts, *per_head], site="attn", softmax="softmax", prob_max=255,
@@ -131,7 +138,11 @@ def attention_on_qkv(batch=2, tokens=5, heads=3, depth=8):
 def test_attention_reads_qkv_in_place_and_writes_rows():
     fused = fuse_views(attention_on_qkv())
     assert [n for n in names(fused) if n != "relax.reshape"] == ["vitq.fused_attention"]
-    node = next(b.value for b in fused["main"].body.blocks[0].bindings if ops.op_name(b.value) == "vitq.fused_attention")
+    node = next(
+        b.value
+        for b in fused["main"].body.blocks[0].bindings
+        if ops.op_name(b.value) == "vitq.fused_attention"
+    )
     assert ops.attrs(node)["q_view"] == [72, 0, 8, 5, 0]
     assert ops.attrs(node)["v_view"] == [72, 48, 8, 5, 0]
 
@@ -173,7 +184,12 @@ CASES = {
         lambda x, m, z, i: numerics.int_requantize(x, m, z, i, Output("int8", -128, 127, "shift")),
     ),
     "int_requantize per token": (
-        [CODES, (RNG.random((7, 1)) * 3).astype("float32"), np.arange(7, dtype="int32")[:, None], np.array(-5, "int32")],
+        [
+            CODES,
+            (RNG.random((7, 1)) * 3).astype("float32"),
+            np.arange(7, dtype="int32")[:, None],
+            np.array(-5, "int32"),
+        ],
         {"out_dtype": "int8", "qmin": -128, "qmax": 127, "kind": "multiply"},
         lambda x, m, z, i: numerics.int_requantize(x, m, z, i, I8),
     ),
@@ -227,7 +243,9 @@ def test_every_elementwise_operator_is_tested():
 def test_default_schedule_leaves_no_plain_loop_nest_and_keeps_values():
     def emit(b, x):
         y = b.emit(relax.op.nn.max_pool2d(x, (3, 3), (2, 2), (1, 1, 1, 1)))
-        y = b.emit(relax.op.nn.conv2d(y, relax.const(RNG.normal(size=(8, 4, 3, 3)).astype("float32")), padding=1))
+        y = b.emit(
+            relax.op.nn.conv2d(y, relax.const(RNG.normal(size=(8, 4, 3, 3)).astype("float32")), padding=1)
+        )
         return relax.op.nn.softmax(b.emit(relax.op.nn.relu(y)), axis=1)
 
     mod = graph(emit, ("x", (1, 4, 32, 32), "float32"))
@@ -254,5 +272,5 @@ def test_verify_names_the_pass_that_broke_the_contract():
         args += [relax.const(np.ones(4, "float32")), relax.const(np.zeros(1, "int32"))]
         return ops.call("vitq.int_linear", args, site="fc", out_dtype="int32", kind="multiply")
 
-    with pytest.raises(VitqError, match="(?s)-128.*fc, after some_pass"):
+    with pytest.raises(VitqError, match=r"(?s)-128.*fc, after some_pass"):
         verify(graph(emit, ("x", (2, 16), "int8")), "some_pass")

@@ -400,13 +400,16 @@ def test_attention_matches_its_definition(kind: str, shape: tuple[int, ...]) -> 
     batch, heads, tq, tk, depth = shape
     r = rng(depth)
     q, k, v = (r.integers(-128, 128, (batch, heads, t, depth)).astype(np.int8) for t in (tq, tk, tk))
-    formats = [codes_format(8, r.uniform(0.01, 0.03, heads).tolist(), r.integers(90, 160, heads).tolist(), "head")
-               for _ in range(3)]  # fmt: skip
+    formats = [
+        codes_format(8, r.uniform(0.01, 0.03, heads).tolist(), r.integers(90, 160, heads).tolist(), "head")
+        for _ in range(3)
+    ]
     out = codes_format(8, [6 / 255], [128], "tensor")
     bias = r.normal(0, 0.5, (heads, tq, tk))
     probs = probabilities(kind, 8, 1 / 255, tk, "attn")
-    made = attention_constants(*formats, out, probs, 1 / 255, heads=heads, depth=depth, keys=tk, scale=depth**-0.5,
-                               site="attn")  # fmt: skip
+    made = attention_constants(
+        *formats, out, probs, 1 / 255, heads=heads, depth=depth, keys=tk, scale=depth**-0.5, site="attn"
+    )
     got = nm.int_attention(
         q, k, v, made.score_multiplier, made.multiplier, (additive_scores(bias),), zero_q=made.zero_q,
         zero_k=made.zero_k, zero_v=made.zero_v, zero_point=int(out.zero_point), probs=probs, out=INT8,

@@ -94,7 +94,9 @@ class Jitter(FakeQuantize):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_integer_model_is_as_close_to_the_simulation_as_rounding_allows(variant: str) -> None:
-    """As close as a simulation whose quantizers see 3 % of a step of noise, and 35 dB where that one reaches 36."""
+    """As close as a simulation whose quantizers see 3 % of a step of noise, and 35 dB where that one reaches
+    36.
+    """
     made = calibrated(VARIANTS[variant]())
     integer = realize(made.mod, made.plan)
     assert float_islands(integer) == []
@@ -195,7 +197,8 @@ def local_errors(
 ) -> dict[tuple[str, str], list[tuple[float, float]]]:
     """Largest and mean error, in output steps, of every operator fed with the integers before it.
 
-    Layers whose codes several quantizers share out, or which compute an index, are judged together with what follows.
+    Layers whose codes several quantizers share out, or which compute an index, are judged together with what
+    follows.
     """
     realizer = realize_pass._Realizer(mod, plan)
     keep: dict[str, Array] = {}
@@ -232,7 +235,9 @@ def local_errors(
 
 @pytest.mark.parametrize("variant", ["plain", "sigmoid", "swiglu", "bias", "mean", "outliers", "mixer"])
 def test_each_operator_is_within_half_a_step_and_little_more(variant: str) -> None:
-    """Codes: 1/2 for the rounding plus the bound of docs/numerics.md; 1/4 on average, as rounding alone has."""
+    """Codes: 1/2 for the rounding plus the bound of docs/numerics.md; 1/4 on average, as rounding alone
+    has.
+    """
     made = calibrated(VARIANTS[variant]())
     errors = local_errors(made.mod, made.plan, images(tuple(made.plan.input_shape), made.plan.input_shape[0]))
     beyond_half = {
@@ -268,7 +273,9 @@ def integer_calls(mod: tvm.IRModule) -> list[tuple[str, str]]:
 
 
 def test_operators_write_the_format_that_is_read() -> None:
-    """LayerNorm, attention and GELU write codes, qkv the codes of all three operands, and adds need no conversion."""
+    """LayerNorm, attention and GELU write codes, qkv the codes of all three operands, and adds need no
+    conversion.
+    """
     made = calibrated(graphs.tiny_vit(depth=1))
     calls = integer_calls(realize(made.mod, made.plan))
     assert calls == [

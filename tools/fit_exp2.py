@@ -1,4 +1,5 @@
-"""Finds EXP2_COEFFICIENTS of tvm_vitq/numerics.py: the cubic for 2**-f, 0 <= f < 1, in its integer arithmetic.
+"""Finds EXP2_COEFFICIENTS of tvm_vitq/numerics.py: the cubic for 2**-f, 0 <= f < 1, in its integer
+arithmetic.
 
 python tools/fit_exp2.py prints the coefficients and their largest relative error.
 """
@@ -29,7 +30,9 @@ def error(c1: int, c2: int, c3: int) -> float:
 
 
 def real_minimax() -> np.ndarray:
-    """c1, c2, c3 with the smallest largest relative error in real arithmetic (Lawson's algorithm), c0 fixed."""
+    """c1, c2, c3 with the smallest largest relative error in real arithmetic (Lawson's algorithm), c0
+    fixed.
+    """
     f = FRACTIONS / 2**SCORE_BITS
     basis = np.stack([-f, f**2, -(f**3)], axis=1) * (LARGEST / EXACT)[:, None]
     target = 1 - LARGEST / EXACT

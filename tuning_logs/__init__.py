@@ -1,4 +1,7 @@
 """Tuning records, one folder per target."""
 
-if __name__ != "tvm_vitq.tuning_logs":  # the repository root on sys.path would load a second copy of every registration
-    raise ImportError("import tvm_vitq.tuning_logs, not tuning_logs: this folder is mapped into the package tvm_vitq")
+# The repository root on sys.path would load a second copy of every registration.
+if __name__ != "tvm_vitq.tuning_logs":
+    raise ImportError(
+        "import tvm_vitq.tuning_logs, not tuning_logs: this folder is mapped into the package tvm_vitq"
+    )

@@ -38,16 +38,18 @@ def quantize(
     ----------
     model : timm model name, "refmodel:vit" (see tvm_vitq.refmodels), torch.nn.Module,
         torch.export.ExportedProgram, or path of an ONNX file.
-    bits : "w<weight bits>a<activation bits>", 2 to 8 each: "w8a8", "w4a8", "w4a4", ... The image stays at 8 bits.
+    bits : "w<weight bits>a<activation bits>", 2 to 8 each: "w8a8", "w4a8", "w4a4", ... The image stays at 8
+        bits.
     recipe : calibration method: "percentile", "minmax" or "mse".
-    calibration : float32 images (N, 3, H, W), normalized; or an iterable of such batches (a DataLoader), a folder of
-        image files, or None: images are synthesized, which the plan and the report say.
+    calibration : float32 images (N, 3, H, W), normalized; or an iterable of such batches (a DataLoader), a
+        folder of image files, or None: images are synthesized, which the plan and the report say.
     input_shape : (3, H, W) or (N, 3, H, W) if the model takes sizes other than its default.
     batch : images per call of the compiled library, fixed at build.
     checkpoint : .safetensors, .pth or .pt file for a timm name; pretrained : let timm fetch its weights.
-    overrides : bits and granularity of single sites: {"blocks.*.mlp.fc2.input": {"bits": 8}}, last match wins.
-    plan : a plan, or its JSON file, to start from: recipe, requantization, bits and granularity of every site are taken
-        from it, edited by hand or not; `overrides` still win; scales are fitted anew.
+    overrides : bits and granularity of single sites: {"blocks.*.mlp.fc2.input": {"bits": 8}}, last match
+        wins.
+    plan : a plan, or its JSON file, to start from: recipe, requantization, bits and granularity of every site
+        are taken from it, edited by hand or not; `overrides` still win; scales are fitted anew.
     requantize : "multiply" (any scale) or "shift" (powers of two, for shift-only hardware).
     strict : refuse a model that keeps float operators.
     seed : of everything random in calibration.
@@ -94,7 +96,7 @@ def _refuse_islands(quantized: QuantizedModel) -> None:
         "the model keeps float operators, and strict=True refuses them",
         where=quantized.name,
         got=listed + (f" and {len(islands) - 8} more" if len(islands) > 8 else ""),
-        fix="build with strict=False to run them in float; the report then lists them with their share of MACs",
+        fix="build with strict=False: they run in float, and the report lists them with their share of MACs",
     )
 
 

@@ -48,8 +48,10 @@ def evaluate(model: Any, dataset: Any, *, batch: int = 64, progress: bool = Fals
 
     Parameters
     ----------
-    model : Library, QuantizedModel (its NumPy reference), torch.nn.Module, or a function from images to logits.
-    dataset : (images, labels), float32 (N, 3, H, W) normalized and integers (N,); or an iterable of such batches.
+    model : Library, QuantizedModel (its NumPy reference), torch.nn.Module, or a function from images to
+        logits.
+    dataset : (images, labels), float32 (N, 3, H, W) normalized and integers (N,); or an iterable of such
+        batches.
     batch : images per call for models that take any number; a Library has its own.
 
     Raises

@@ -38,7 +38,9 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """VitqError as of `written_whole` if the file cannot be made: told before long work rather than after it."""
+    """VitqError as of `written_whole` if the file cannot be made: told before long work rather than after
+    it.
+    """
     _beside(Path(path)).unlink()
 
 

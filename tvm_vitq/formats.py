@@ -11,12 +11,12 @@ from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import INDEX_BITS, WIDE_MAX, Array
 
 WIDE_TARGET_BITS = 21
-"""The largest calibrated value of a wide tensor is put just below 2**21, which leaves a factor of 8 before the limit
-2**24 for inputs that exceed the calibration set."""
+"""The largest calibrated value of a wide tensor is put just below 2**21, which leaves a factor of 8 before
+the limit 2**24 for inputs that exceed the calibration set."""
 
 WIDE_SMALLEST = 2.0**-10
-"""Tensors that stay below this are treated as if they reached it: finer units than 2**-30 serve nobody, and LayerNorm's
-epsilon, which is counted in squared units, would outgrow int64."""
+"""Tensors that stay below this are treated as if they reached it: finer units than 2**-30 serve nobody, and
+LayerNorm's epsilon, which is counted in squared units, would outgrow int64."""
 
 GATE_MAX = 2**15 - 1
 """Largest value of the operands of an elementwise product: the product of two fits int32."""
@@ -27,8 +27,8 @@ class Format:
     """``real = scale * (integer - zero_point)`` for integers in qmin..qmax of the given dtype.
 
     `scale` and `zero_point` are numbers, or arrays that lie along the axis which `granularity` names:
-    "tensor", "channel" (last axis), "group" (equal parts of the last axis), "token" (axis before it), "head" (axis 1
-    of [B, H, T, D]).
+    "tensor", "channel" (last axis), "group" (equal parts of the last axis), "token" (axis before it), "head"
+    (axis 1 of [B, H, T, D]).
     """
 
     dtype: str
@@ -102,7 +102,9 @@ def gate_format(largest: float, power_of_two: bool = False) -> Format:
 
 
 def index_format(low: float, high: float, power_of_two: bool = False) -> Format:
-    """Positions in a function table over [low, high]; 0 is one of the tabulated arguments when it lies inside."""
+    """Positions in a function table over [low, high]; 0 is one of the tabulated arguments when it lies
+    inside.
+    """
     step = (high - low) / (2**INDEX_BITS - 1)
     step = power_of_two_above(step) if power_of_two else step
     return scalar_format("uint16", step, round(-low / step), 0, 2**INDEX_BITS - 1)

@@ -1,4 +1,6 @@
-"""Questions about a Relax dataflow graph: its bindings, who uses a value, and what moves data without changing it."""
+"""Questions about a Relax dataflow graph: its bindings, who uses a value, and what moves data without
+changing it.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def is_movement(expr: relax.Expr) -> bool:
 
 
 def data_operands(call: relax.Call) -> list[relax.Expr]:
-    """The tensors that a call reads: the fields of a tuple argument count one by one, shapes and numbers do not."""
+    """The tensors that a call reads: the fields of a tuple argument count one by one, shapes and numbers do
+    not.
+    """
     first = list(call.args[0].fields) if isinstance(call.args[0], relax.Tuple) else [call.args[0]]
     if is_movement(call):
         return first
@@ -113,7 +117,8 @@ class Leaf:
     """A use of a value behind any number of data movements.
 
     consumer : the binding that uses it, None if it is the function's result
-    value : the variable that the consumer reads; path : the movements from the value asked about to that variable
+    value : the variable that the consumer reads; path : the movements from the value asked about to that
+        variable
     """
 
     consumer: relax.VarBinding | None
@@ -161,7 +166,9 @@ class Dataflow:
 
 
 def columns_read(path: tuple[relax.Call, ...], shape: list[int]) -> Array:
-    """For each element behind `path`, the index on the last axis of the tensor of `shape` that it comes from."""
+    """For each element behind `path`, the index on the last axis of the tensor of `shape` that it comes
+    from.
+    """
     columns = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
     for call in path:
         columns = move(call, columns)
@@ -177,7 +184,9 @@ def positions(path: Iterable[relax.Call], source_shape: list[int]) -> Array:
 
 
 def rows_moved(index: Array, width: int) -> Array | None:
-    """Source rows in their new order, if positions `index` only move whole rows of `width` elements, else None."""
+    """Source rows in their new order, if positions `index` only move whole rows of `width` elements, else
+    None.
+    """
     flat = index.reshape(-1)
     if flat.size % width:
         return None

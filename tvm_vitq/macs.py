@@ -50,4 +50,8 @@ def _macs(node: relax.Expr) -> int:
 
 def site_of(node: relax.Expr) -> str:
     """The model's layer that a call belongs to, empty if it names none."""
-    return str(attrs(node).get("site", "")) if isinstance(node, relax.Call) and op_name(node).startswith("vitq.") else ""
+    return (
+        str(attrs(node).get("site", ""))
+        if isinstance(node, relax.Call) and op_name(node).startswith("vitq.")
+        else ""
+    )

@@ -1,8 +1,9 @@
-"""The arithmetic of the integer program, in NumPy: what every kernel of every target must return, bit for bit.
+"""The arithmetic of the integer program, in NumPy: what every kernel of every target must return, bit for
+bit.
 
-Allowed are integer operations, table lookups and single IEEE float32 operations that no compiler may fuse: convert,
-multiply, round to nearest even. There is no float sum, no product that is then added, and no library function, so
-there is one answer. docs/numerics.md derives the formulas and the constants.
+Allowed are integer operations, table lookups and single IEEE float32 operations that no compiler may fuse:
+convert, multiply, round to nearest even. There is no float sum, no product that is then added, and no library
+function, so there is one answer. docs/numerics.md derives the formulas and the constants.
 
 Number formats
 --------------
@@ -37,7 +38,9 @@ NORM_BITS = 12
 """Fraction bits of a normalized LayerNorm value (x - mean) / std."""
 
 NORM_MAX = 2**17 - 1
-"""Largest normalized LayerNorm value: 32 standard deviations, which no row of up to 1025 channels can exceed."""
+"""Largest normalized LayerNorm value: 32 standard deviations, which no row of up to 1025 channels can
+exceed.
+"""
 
 SIGMOID_BITS = 14
 """log2 of the number of entries of the sigmoid-attention table, which covers base-2 scores from -16 to 16."""
@@ -45,8 +48,8 @@ SIGMOID_BITS = 14
 EXP2_COEFFICIENTS = (32768, 22660, 7565, 1291)
 """Cubic c0 - f*(c1 - f*(c2 - f*c3)), 0 <= f < 1, for 2**(EXP_BITS - f).
 
-``c0 = 2**EXP_BITS`` keeps 2**-0 exact; c1..c3 minimize the largest relative error over the 2**SCORE_BITS fractions in
-this integer arithmetic, 1.27e-4 (docs/numerics.md).
+``c0 = 2**EXP_BITS`` keeps 2**-0 exact; c1..c3 minimize the largest relative error over the 2**SCORE_BITS
+fractions in this integer arithmetic, 1.27e-4 (docs/numerics.md).
 """
 
 
@@ -55,8 +58,8 @@ class Output:
     """How an integer operator stores its result.
 
     ``codes = clip(round(value * multiplier) + zero_point, qmin, qmax)``; with dtype float32 the result is
-    ``float32(value) * multiplier`` and nothing is rounded. `kind` is "multiply" or "shift" (then every multiplier is a
-    power of two and ``round`` is half up: add half, shift right).
+    ``float32(value) * multiplier`` and nothing is rounded. `kind` is "multiply" or "shift" (then every
+    multiplier is a power of two and ``round`` is half up: add half, shift right).
     """
 
     dtype: str
@@ -66,7 +69,9 @@ class Output:
 
 
 def matmul_is_exact_in_float32(depth: int, left_max: int, right_max: int) -> bool:
-    """Whether a sum of `depth` products stays below 2**24, where float32 BLAS adds integers exactly in any order."""
+    """Whether a sum of `depth` products stays below 2**24, where float32 BLAS adds integers exactly in any
+    order.
+    """
     return depth * left_max * right_max <= 2**24
 
 
@@ -84,15 +89,17 @@ def integer_matmul(a: Array, b: Array) -> Array:
 def round_multiply(value: Array, multiplier: Array) -> Array:
     """``round(float32(value) * multiplier)``, ties to even, limited to +-WIDE_MAX, as int32.
 
-    The convert, the multiply and the round are one IEEE operation each; the limit keeps the conversion back to
-    integers in range, where all targets agree.
+    The convert, the multiply and the round are one IEEE operation each; the limit keeps the conversion back
+    to integers in range, where all targets agree.
     """
     scaled = value.astype(np.float32) * np.asarray(multiplier, np.float32)
     return np.rint(np.clip(scaled, np.float32(-WIDE_MAX), np.float32(WIDE_MAX))).astype(np.int32)
 
 
 def round_shift(value: Array, multiplier: Array) -> Array:
-    """``value * 2**-s`` rounded half up, for multipliers that are powers of two ``2**-s`` with ``0 <= s <= 31``."""
+    """``value * 2**-s`` rounded half up, for multipliers that are powers of two ``2**-s`` with ``0 <= s <=
+    31``.
+    """
     shift = -np.log2(np.asarray(multiplier, np.float64)).astype(np.int64)
     half = np.where(shift > 0, np.int64(1) << np.maximum(shift - 1, 0), 0)
     return np.clip((value.astype(np.int64) + half) >> shift, -WIDE_MAX, WIDE_MAX).astype(np.int32)
@@ -108,7 +115,9 @@ def requantize(value: Array, multiplier: Array, zero_point: Array | int, out: Ou
 
 def int_quantize(x: Array, inverse_scale: Array | float, zero_point: Array | int, out: Output) -> Array:
     """Codes of a float32 tensor: ``clip(round(x * inverse_scale) + zero_point, qmin, qmax)``."""
-    return np.clip(round_multiply(x, np.float32(inverse_scale)) + zero_point, out.qmin, out.qmax).astype(out.dtype)
+    return np.clip(round_multiply(x, np.float32(inverse_scale)) + zero_point, out.qmin, out.qmax).astype(
+        out.dtype
+    )
 
 
 def int_requantize(x: Array, multiplier: Array, zero_point: Array, input_zero: Array, out: Output) -> Array:
@@ -125,12 +134,12 @@ def int_dequantize(x: Array, scale: Array | float, zero_point: Array | int) -> A
 class Partial:
     """Scales inside the sum of a linear layer: groups of input channels and/or rows with scales of their own.
 
-    ``acc = bias + sum_g round(float32(dot_g + bias_g - zero_row * colsum_g) * multiplier_g * multiplier_row)``
-    with groups of K / G consecutive input channels.
+    ``acc = bias + sum_g round(float32(dot_g + bias_g - zero_row * colsum_g) * multiplier_g *
+    multiplier_row)`` with groups of K / G consecutive input channels.
 
     multiplier : float32 [G, N];  bias : int32 [G, N]
-    row_multiplier : float32 [T] or None;  row_zero_point, int32 [T];  colsum : int32 [G, N] (sums of weight codes)
-    T is the second to last axis of x.
+    row_multiplier : float32 [T] or None;  row_zero_point, int32 [T];  colsum : int32 [G, N] (sums of weight
+    codes) T is the second to last axis of x.
     """
 
     multiplier: Array
@@ -152,8 +161,8 @@ def int_linear(
     """Linear layer on codes.
 
     x : int8 [..., K];  weight : int8 [N, K];  bias : int32 [N] with the zero point of x folded in,
-    ``bias_q - zero_x * sum_k weight``;  multiplier : float32 [N] or [1];  zero_point : int32 [N], [1] or a number.
-    Returns [..., N] of ``out.dtype``.
+    ``bias_q - zero_x * sum_k weight``;  multiplier : float32 [N] or [1];  zero_point : int32 [N], [1] or a
+    number. Returns [..., N] of ``out.dtype``.
     """
     if partial is None:
         return requantize(integer_matmul(x, weight.T) + bias, multiplier, zero_point, out)
@@ -173,7 +182,9 @@ def int_linear(
 
 
 def int_lookup(index: Array, table: Array) -> Array:
-    """``table[index]``: any scalar function followed by any quantizer, tabulated over 2**INDEX_BITS arguments."""
+    """``table[index]``: any scalar function followed by any quantizer, tabulated over 2**INDEX_BITS
+    arguments.
+    """
     return table[index]
 
 
@@ -210,14 +221,17 @@ RSQRT_SEED = (round((7 / 6 - 0.0633) * 2**30), round(2**30 / 6))
 """Line a - v * b through 1/sqrt(v) on [1, 4), in 2**-30: the chord, lowered by half of its largest error."""
 
 RSQRT_STEPS = 4
-"""Newton steps: the seed's relative error 0.127 becomes 0.024, 9e-4, 1.2e-6 and then the rounding of 30 bits."""
+"""Newton steps: the seed's relative error 0.127 becomes 0.024, 9e-4, 1.2e-6 and then the rounding of 30
+bits.
+"""
 
 
 def int_rsqrt(v: Array) -> tuple[Array, Array]:
     """``1 / sqrt(v)`` of positive int64 values as ``y * 2**-30 * 2**-s``; y int64 in [2**29, 2**30], s int64.
 
-    With ``v = m * 4**s`` and ``m = n * 2**-28`` in [1, 4), Newton's iteration ``y <- y (3 - m y**2) / 2`` runs on
-    30-bit integers; every product stays below 2**62. n keeps 29 or 30 bits of v (lower ones are cut off).
+    With ``v = m * 4**s`` and ``m = n * 2**-28`` in [1, 4), Newton's iteration ``y <- y (3 - m y**2) / 2``
+    runs on 30-bit integers; every product stays below 2**62. n keeps 29 or 30 bits of v (lower ones are cut
+    off).
     """
     s = (bit_length(v) - 1) >> 1
     shift = 2 * s - 28
@@ -231,7 +245,9 @@ def int_rsqrt(v: Array) -> tuple[Array, Array]:
 
 
 def norm_factor(channels: int) -> np.float32:
-    """``sqrt(C) * 2**(NORM_BITS - 30)``: turns the 30-bit reciprocal root of sum(d**2) into that of the variance."""
+    """``sqrt(C) * 2**(NORM_BITS - 30)``: turns the 30-bit reciprocal root of sum(d**2) into that of the
+    variance.
+    """
     return np.float32(math.sqrt(channels) * 2.0 ** (NORM_BITS - 30))
 
 
@@ -244,7 +260,8 @@ def int_layer_norm(x: Array, gain: Array, offset: Array, *, shift: int, epsilon:
     result ``clip((n * gain + offset) >> shift, qmin, qmax)``.
 
     gain, offset : int32 [C]; offset holds beta, the zero point and the half that makes the shift round.
-    epsilon : ``round(C * eps / unit**2)``, at least 1. ``NORM_MAX * |gain| + |offset| < 2**31`` is the caller's proof.
+    epsilon : ``round(C * eps / unit**2)``, at least 1. ``NORM_MAX * |gain| + |offset| < 2**31`` is the
+        caller's proof.
     """
     channels = x.shape[-1]
     total = x.astype(np.int64).sum(-1, keepdims=True)
@@ -267,7 +284,9 @@ def exp2_guard_bits(terms: int) -> int:
 
 
 def int_exp2(d: Array, guard: int) -> Array:
-    """``2**-(d / 2**SCORE_BITS)`` in 2**-(EXP_BITS + guard), int32 d >= 0: a cubic in the fraction, then a shift."""
+    """``2**-(d / 2**SCORE_BITS)`` in 2**-(EXP_BITS + guard), int32 d >= 0: a cubic in the fraction, then a
+    shift.
+    """
     c0, c1, c2, c3 = EXP2_COEFFICIENTS
     f = d & (2**SCORE_BITS - 1)
     e = c2 - ((f * c3) >> SCORE_BITS)
@@ -280,8 +299,8 @@ def int_exp2(d: Array, guard: int) -> Array:
 class Probabilities:
     """Quantizer of attention probabilities inside the attention operator.
 
-    softmax: ``F = numerator // (sum(e) >> guard)``; ``p = min(((e >> guard) * F + 2**(shift-1)) >> shift, qmax)``,
-    numerator = round(2**shift / scale), e in 2**-(EXP_BITS + guard)
+    softmax: ``F = numerator // (sum(e) >> guard)``; ``p = min(((e >> guard) * F + 2**(shift-1)) >> shift,
+    qmax)``, numerator = round(2**shift / scale), e in 2**-(EXP_BITS + guard)
     sigmoid: ``p = table[clip((t + 2**(s-1)) >> s, +-2**13) + 2**13]``, table : uint8 [2**SIGMOID_BITS]
     """
 
@@ -326,10 +345,12 @@ def int_attention(
 ) -> Array:
     """Attention on codes, one head at a time in the kernels, all at once here.
 
-    q : int8 [B, H, Tq, D];  k : int8 [B, H, Tk, D];  v : int8 [B, H, Tk, Dv];  zero_q, zero_k, zero_v : int32 [H]
-    ``t = round(float32((q - zero_q) @ (k - zero_k).T) * score_multiplier[h]) + sum(additive)``, int32 base-2 scores
-    ``p = int_probabilities(t)``;  ``o = p @ (v - zero_v)``;  result requantize(o, multiplier[h]) : [B, H, Tq, Dv].
-    score_multiplier, multiplier : float32 [H]. additive : int32, broadcastable to [B, H, Tq, Tk], base-2 scores.
+    q : int8 [B, H, Tq, D];  k : int8 [B, H, Tk, D];  v : int8 [B, H, Tk, Dv];  zero_q, zero_k, zero_v : int32
+    [H] ``t = round(float32((q - zero_q) @ (k - zero_k).T) * score_multiplier[h]) + sum(additive)``, int32
+    base-2 scores ``p = int_probabilities(t)``;  ``o = p @ (v - zero_v)``;  result requantize(o,
+    multiplier[h]) : [B, H, Tq, Dv].
+    score_multiplier, multiplier : float32 [H]. additive : int32, broadcastable to [B, H, Tq, Tk], base-2
+        scores.
     """
     per_head = (slice(None), None, None)
     zq, zk, zv = (np.asarray(z, np.int32)[per_head] for z in (zero_q, zero_k, zero_v))

@@ -64,7 +64,9 @@ def is_ours(expr: relax.Expr) -> bool:
     return op_name(expr).startswith("vitq.")
 
 
-def _register(name: str, about: str, arguments: list[str], infer: Callable[[relax.Call], tuple[Shape, str]]) -> None:
+def _register(
+    name: str, about: str, arguments: list[str], infer: Callable[[relax.Call], tuple[Shape, str]]
+) -> None:
     tvm.get_global_func("ir.RegisterOp")(name, about)
     op = Op.get(name)
     op.set_num_inputs(-1)
@@ -82,7 +84,12 @@ def _register(name: str, about: str, arguments: list[str], infer: Callable[[rela
 def _need(condition: bool, node: relax.Call, expected: str) -> None:
     if not condition:
         got = ", ".join(f"{dtype_of(a)}{shape_of(a)}" for a in node.args)
-        raise VitqError(f"{op_name(node)} has unfitting operands", where=attrs(node).get("site"), got=got, expected=expected)
+        raise VitqError(
+            f"{op_name(node)} has unfitting operands",
+            where=attrs(node).get("site"),
+            got=got,
+            expected=expected,
+        )
 
 
 def _same(node: relax.Call) -> tuple[Shape, str]:
@@ -96,7 +103,7 @@ def _linear(node: relax.Call) -> tuple[Shape, str]:
 
 
 def _fused_linear(node: relax.Call) -> tuple[Shape, str]:
-    shape, dtype = _linear(node)
+    shape, _ = _linear(node)
     info = attrs(node)
     extra = node.args[5]
     if info["epilogue"] == "residual":
@@ -151,7 +158,9 @@ _register("vitq.quantize", "puts the plan's quantizer `site` on a tensor", ["x"]
 _register("vitq.int_quantize", "float32 to codes", ["x"], _converted)
 _register("vitq.int_dequantize", "integers to float32", ["x"], _converted)
 _register("vitq.int_requantize", "integers to other integers", ["x", "multiplier"], _converted)
-_register("vitq.int_linear", "x @ weight.T + bias, requantized", ["x", "weight", "bias", "multiplier"], _linear)
+_register(
+    "vitq.int_linear", "x @ weight.T + bias, requantized", ["x", "weight", "bias", "multiplier"], _linear
+)
 _register("vitq.int_lookup", "table[x]", ["x", "table"], _converted)
 _register("vitq.int_add", "saturating a + b", ["a", "b"], _binary)
 _register("vitq.int_multiply", "a * b, requantized", ["a", "b"], _binary)
@@ -160,5 +169,7 @@ _register("vitq.int_attention", "integer attention", ["q", "k", "v"], _attention
 _register("vitq.int_mean", "integer mean", ["x"], _mean)
 
 # Integer operators as one kernel runs them, made by fuse_epilogues and fuse_views
-_register("vitq.fused_linear", "int_linear with int_lookup or int_add", ["x", "weight", "bias"], _fused_linear)
+_register(
+    "vitq.fused_linear", "int_linear with int_lookup or int_add", ["x", "weight", "bias"], _fused_linear
+)
 _register("vitq.fused_attention", "int_attention on views of matrices", ["q", "k", "v"], _fused_attention)

@@ -1,9 +1,9 @@
 """The passes from a canonical float graph to an executable, in order: the whole compiler on one page.
 
-    canonical graph --annotate, calibrate--> annotated graph and plan      (tvm_vitq/calibrate)
-                    --REALIZE-->             integer graph, target independent: the QuantizedModel
-                    --LOWER-->               kernels of one target
-                    --TVM's own passes-->    virtual machine code with a static memory plan
+canonical graph --annotate, calibrate--> annotated graph and plan      (tvm_vitq/calibrate)
+                --REALIZE-->             integer graph, target independent: the QuantizedModel
+                --LOWER-->               kernels of one target
+                --TVM's own passes-->    virtual machine code with a static memory plan
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def lower_passes(profile: TargetProfile) -> list[tuple[str, Pass]]:
         ("lower_kernels", lambda mod: lower_kernels(mod, profile)),
         ("decompose", relax.transform.DecomposeOpsForInference()),
         ("legalize", relax.transform.LegalizeOps()),
-        ("free_reshapes", relax.transform.RewriteDataflowReshape()),  # before fusion would make copies of them
+        (
+            "free_reshapes",
+            relax.transform.RewriteDataflowReshape(),
+        ),  # before fusion would make copies of them
         ("annotate_patterns", relax.transform.AnnotateTIROpPattern()),
         ("fuse_ops", relax.transform.FuseOps()),
         ("fuse_tir", relax.transform.FuseTIR()),

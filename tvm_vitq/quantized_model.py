@@ -104,14 +104,18 @@ class QuantizedModel:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> QuantizedModel:
-        """Read a model written by `save`; VitqError if the file is missing, truncated, foreign or of another version."""
+        """Read a model written by `save`; VitqError if the file is missing, truncated, foreign or of another
+        version.
+        """
         import tvm
 
         from tvm_vitq import ops  # noqa: F401  registers the operators that the graph calls
 
         file = Path(path)
         if not file.is_file():
-            raise VitqError("no such model file", where=file, fix="write one with QuantizedModel.save or `vitq quantize`")
+            raise VitqError(
+                "no such model file", where=file, fix="write one with QuantizedModel.save or `vitq quantize`"
+            )
         try:
             with zipfile.ZipFile(file) as archive:
                 header = json.loads(archive.read("header.json"))

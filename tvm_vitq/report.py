@@ -1,4 +1,6 @@
-"""The build report: what was compiled, how much of it is integer, with which instructions, and what to know about it."""
+"""The build report: what was compiled, how much of it is integer, with which instructions, and what to know
+about it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,18 @@ from tvm_vitq.ops import op_name
 from tvm_vitq.quantized_model import QuantizedModel
 from tvm_vitq.targets import TargetProfile
 
-INSTRUCTIONS = ("vpdpbusd", "smmla", "usmmla", "sdot", "udot", "vpmaddwd", "pmaddwd", "smlal", "smlal2", "smull")
+INSTRUCTIONS = (
+    "vpdpbusd",
+    "smmla",
+    "usmmla",
+    "sdot",
+    "udot",
+    "vpmaddwd",
+    "pmaddwd",
+    "smlal",
+    "smlal2",
+    "smull",
+)
 """Dot-product and multiply instructions, the one that does most per lane first."""
 
 
@@ -23,7 +36,12 @@ def quantized_report(quantized: QuantizedModel) -> dict[str, Any]:
     total = sum(layer.macs for layer in layers)
     integer = sum(layer.macs for layer in layers if layer.integer)
     islands = [
-        {"name": name, "op": op, "reason": "no integer form", "macs": next((v.macs for v in layers if v.name == name), 0)}
+        {
+            "name": name,
+            "op": op,
+            "reason": "no integer form",
+            "macs": next((v.macs for v in layers if v.name == name), 0),
+        }
         for name, op in quantized.float_islands
     ]
     plan = quantized.plan
@@ -62,7 +80,9 @@ def build_report(
 
 
 def kernel_table(lowered: tvm.IRModule, executable: Any) -> list[dict[str, Any]]:
-    """Each kernel: name, calls per inference, multiply-accumulates per call, instruction, and how it is scheduled."""
+    """Each kernel: name, calls per inference, multiply-accumulates per call, instruction, and how it is
+    scheduled.
+    """
     calls: dict[str, int] = {}
     for binding in Dataflow(lowered).bindings:
         if op_name(binding.value) == "relax.call_tir":
@@ -75,7 +95,13 @@ def kernel_table(lowered: tvm.IRModule, executable: Any) -> list[dict[str, Any]]
         if name in calls:
             macs = int(function.attrs["vitq.macs"]) if "vitq.macs" in function.attrs else 0
             table.append(
-                {"name": name, "calls": calls[name], "macs": macs, "instruction": found.get(name, "-"), "schedule": "default"}
+                {
+                    "name": name,
+                    "calls": calls[name],
+                    "macs": macs,
+                    "instruction": found.get(name, "-"),
+                    "schedule": "default",
+                }
             )
     return sorted(table, key=lambda row: -row["macs"] * row["calls"])
 
@@ -92,7 +118,9 @@ def assembly(executable: Any) -> str:
 
 
 def instructions_of(text: str) -> dict[str, str]:
-    """The first of INSTRUCTIONS that each function of an assembly text contains, its parallel bodies included."""
+    """The first of INSTRUCTIONS that each function of an assembly text contains, its parallel bodies
+    included.
+    """
     found: dict[str, str] = {}
     rank = {name: n for n, name in enumerate(INSTRUCTIONS)}
     current = ""
@@ -120,7 +148,11 @@ def _constants(mod: tvm.IRModule) -> list[Any]:
 
 def weight_count(mod: tvm.IRModule) -> int:
     """Weights of all integer matmuls."""
-    return sum(value_of(b.value.args[1]).size for b in Dataflow(mod).bindings if op_name(b.value) == "vitq.int_linear")
+    return sum(
+        value_of(b.value.args[1]).size
+        for b in Dataflow(mod).bindings
+        if op_name(b.value) == "vitq.int_linear"
+    )
 
 
 def weight_bytes(mod: tvm.IRModule) -> int:

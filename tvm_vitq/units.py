@@ -14,8 +14,9 @@ SAME_UNIT = ("relax.add", "vitq.mean")
 
 
 def wide_ranges(graph: Dataflow, plan: QuantPlan) -> dict[relax.Var, float]:
-    """Largest calibrated magnitude of each variable's unit class: variables connected by additions, means and data
-    movement share one, so that adding them needs no shift and rounds nothing. A class without a range is left out."""
+    """Largest calibrated magnitude of each variable's unit class: variables connected by additions, means and
+    data movement share one, so that adding them needs no shift and rounds nothing. A class without a range is
+    left out."""
     parent: dict[relax.Var, relax.Var] = {v: v for v in graph.uses}
 
     def root(v: relax.Var) -> relax.Var:

@@ -1,1 +1,3 @@
-"""From float parameters to integer ones, operator by operator: scales become constants and headroom is proved."""
+"""From float parameters to integer ones, operator by operator: scales become constants and headroom is
+proved.
+"""

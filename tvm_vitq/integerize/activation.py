@@ -21,7 +21,9 @@ def _sigmoid(x: Array) -> Array:
 
 @dataclass(frozen=True)
 class ScalarFunction:
-    """A function that, to 2**-16, is constant below `low`, and above `high` constant or (no high) the identity."""
+    """A function that, to 2**-16, is constant below `low`, and above `high` constant or (no high) the
+    identity.
+    """
 
     formula: Callable[[Array], Array]
     low: float
@@ -43,7 +45,9 @@ FUNCTIONS: dict[str, ScalarFunction] = {
 
 
 def scalar_function(kind: str, site: str) -> ScalarFunction:
-    """The float64 function of an activation kind; VitqError naming `site` and the nearest kinds if unknown."""
+    """The float64 function of an activation kind; VitqError naming `site` and the nearest kinds if
+    unknown.
+    """
     if kind not in FUNCTIONS:
         raise VitqError(
             "unknown activation function",
@@ -54,13 +58,12 @@ def scalar_function(kind: str, site: str) -> ScalarFunction:
     return FUNCTIONS[kind]
 
 
-def activation_input(
-    kind: str, largest: float, out: Format, site: str, power_of_two: bool = False
-) -> Format:
+def activation_input(kind: str, largest: float, out: Format, site: str, power_of_two: bool = False) -> Format:
     """Index format of the argument: the part of [-largest, largest] in which the stored result still changes.
 
-    Below ``low`` the function is constant; above ``high`` it is constant or the identity, and the identity ends where
-    the output format saturates. `power_of_two` asks for a step that shift requantization can reach.
+    Below ``low`` the function is constant; above ``high`` it is constant or the identity, and the identity
+    ends where the output format saturates. `power_of_two` asks for a step that shift requantization can
+    reach.
     """
     function = scalar_function(kind, site)
     low, high = max(-1.25 * largest, function.low), 1.25 * largest

@@ -68,7 +68,9 @@ def attention_constants(
     scale: float,
     site: str,
 ) -> AttentionConstants:
-    """``score_multiplier = s_q s_k scale log2(e) 2**SCORE_BITS``, ``multiplier = s_p s_v / s_out``, per head."""
+    """``score_multiplier = s_q s_k scale log2(e) 2**SCORE_BITS``, ``multiplier = s_p s_v / s_out``, per
+    head.
+    """
     require(_largest(q) * _largest(k) * depth, site, "q @ k", "use fewer bits or fewer channels per head")
     require(probs.qmax * _largest(v) * keys, site, "probabilities @ v", "use fewer bits or fewer tokens")
     score = q.scale * k.scale * scale * math.log2(math.e) * 2.0**SCORE_BITS

@@ -25,10 +25,11 @@ class LayerNormConstants:
 def layer_norm_constants(
     gamma: Array, beta: Array, eps: float, x: Format, out: Format, site: str
 ) -> LayerNormConstants:
-    """``gain = gamma / s_out * 2**(shift - NORM_BITS)``, ``offset = (beta / s_out + zero) * 2**shift + half``.
+    """``gain = gamma / s_out * 2**(shift - NORM_BITS)``, ``offset = (beta / s_out + zero) * 2**shift +
+    half``.
 
-    The shift is the largest for which ``NORM_MAX * |gain| + |offset|`` fits int32, so the gains carry as many bits as
-    there is room for: at least 13 for the widest channel of an 8-bit output.
+    The shift is the largest for which ``NORM_MAX * |gain| + |offset|`` fits int32, so the gains carry as many
+    bits as there is room for: at least 13 for the widest channel of an 8-bit output.
     """
     channels = len(gamma)
     epsilon = max(1, round(channels * eps / float(x.scale) ** 2))

@@ -12,7 +12,9 @@ from tvm_vitq.integerize.headroom import linear_bound, require
 from tvm_vitq.numerics import WIDE_MAX, Array, Partial
 
 OFFSET_CODES = 128
-"""x86 dot products need unsigned codes, so kernels may add 128 to each; headroom is proved for that as well."""
+"""x86 dot products need unsigned codes, so kernels may add 128 to each; headroom is proved for that as
+well.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ def linear_constants(
     out : format of the output; its scale and zero point may be arrays over N. None: float32 logits
     largest : largest calibrated \\|y\\|, used for the unit of sums with scales inside
 
-    With one scale for x and one per output channel the sum is ``dot + bias_q - zero_x * sum_k w``, and requantization
-    multiplies by ``s_x s_w / s_out``. Otherwise see numerics.Partial.
+    With one scale for x and one per output channel the sum is ``dot + bias_q - zero_x * sum_k w``, and
+    requantization multiplies by ``s_x s_w / s_out``. Otherwise see numerics.Partial.
     """
     plain = weight_scale.shape[1] == 1 and x.granularity == "tensor"
     if plain:
@@ -84,8 +86,8 @@ def linear_constants(
 def _least_unit(bias: Array) -> Array:
     """The unit of an accumulator below which a bias would take more than a quarter of int32: a power of two.
 
-    Only rows whose weights are negligible beside their bias are coarser than their weight scale asks for: all products
-    together stay below 2**29 for up to 2**14 input channels.
+    Only rows whose weights are negligible beside their bias are coarser than their weight scale asks for: all
+    products together stay below 2**29 for up to 2**14 input channels.
     """
     return np.exp2(np.ceil(np.log2(np.maximum(np.abs(bias), 2.0**-100)))) * 2.0**-29
 
