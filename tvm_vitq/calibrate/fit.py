@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from tvm_vitq.calibrate.job import Job
 from tvm_vitq.calibrate.observe import View, view_of
 from tvm_vitq.calibrate.searches import RangeRule, quantizer_numbers
@@ -43,8 +41,8 @@ def activation_views(job: Job) -> dict[str, View]:
 
 
 SMALLEST_PROBABILITY = 2.0**-6
-"""Smallest upper end of a range of probabilities: at 8 bits a step of 2**-14, the finest that the integer softmax has
-room for (it keeps 15 bits of each exponential)."""
+"""Smallest upper end of a range of probabilities: at 8 bits a step of 2**-14, the finest that the integer
+softmax has room for (it keeps 15 bits of each exponential)."""
 
 
 def probability_views(job: Job) -> dict[str, View]:

@@ -71,14 +71,16 @@ def mse(steps: int = 28, smallest: float = 0.04) -> RangeRule:
 
 
 UNSEEN_VALUES = 1e6
-"""Values per channel that a range of `unseen` is meant to hold: a few thousand images of a few hundred tokens."""
+"""Values per channel that a range of `unseen` is meant to hold: a few thousand images of a few hundred
+tokens."""
 
 
 def unseen(rule: RangeRule) -> RangeRule:
     """The ranges of `rule`, widened to what more values than the observed ones would reach.
 
-    The largest of n normal values grows as ``sqrt(2 ln n)``, so a range seen in n values is widened around its middle by
-    ``sqrt(ln UNSEEN_VALUES / ln n)``: 1.6 for the 256 class tokens of a calibration set, 1.2 for 16,000 tokens.
+    The largest of n normal values grows as ``sqrt(2 ln n)``, so a range seen in n values is widened around
+    its middle by ``sqrt(ln UNSEEN_VALUES / ln n)``: 1.6 for the 256 class tokens of a calibration set, 1.2
+    for 16,000 tokens.
     """
 
     def widened(summary: Summary, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
