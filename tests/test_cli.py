@@ -238,8 +238,18 @@ def test_interruption_leaves_nothing_behind(how, tmp_path):
     command = [sys.executable, "-m", "tvm_vitq", "quantize", "refmodel:swin", "-o", "model.vitq"]
     command += ["--calibration", "refmodel", "--recipe", "mse"]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+
+    def hear_signals() -> None:  # a background job of a shell starts with SIGINT ignored, and passes that on
+        signal.signal(how, signal.SIG_DFL)
+
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hear_signals,
     ) as process:
         assert process.stderr is not None
         # The first progress bar: imports are done, calibration runs.
