@@ -32,7 +32,7 @@ AARCH64 = "aarch64-dotprod"
 EMULATED_IMAGES = 16
 EMULATION_SECONDS = 60.0
 
-DEFAULT_ROWS = (("vit", "w8a8"), ("vit_outlier", "w8a8"), ("swin", "w8a8"), ("vit", "w4a4"))
+DEFAULT_ROWS = (("vit", "w8a8"), ("vit_outlier", "w8a8"), ("swin", "w8a8"))
 
 
 @dataclass
