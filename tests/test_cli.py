@@ -205,11 +205,7 @@ def test_mistakes_are_told_without_traceback(arguments, says, vitq, tmp_path, mo
     code, out, err = vitq(*arguments)
     assert code == 2 and out == ""
     assert says in err and "Traceback" not in err
-    assert list(work.iterdir()) == []
-    left = [
-        path for path in scratch.iterdir() if not path.name.startswith("torchinductor")
-    ]  # a cache of torch's
-    assert left == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_options_of_quantization_do_not_apply_to_a_quantized_model(model, vitq):
@@ -265,7 +261,9 @@ def test_interruption_leaves_nothing_behind(how, tmp_path):
         err = process.stderr.read()
         assert process.wait(60) == 130
     assert "interrupted" in err and "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
+    assert list(work.iterdir()) == []
+    # torch may have made its own cache folder
+    assert not [path for path in scratch.iterdir() if not path.name.startswith("torchinductor")]
 
 
 def test_parser_has_no_abbreviated_surprises():

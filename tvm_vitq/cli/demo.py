@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows",
         nargs="+",
         metavar="MODEL:BITS",
-        help="what is built, such as vit:w8a8 swin:w4a8 (default: all reference models at w8a8, vit at w4a4)",
+        help="what is built, such as vit:w8a8 swin:w4a8 (default: vit, vit_outlier and swin at w8a8)",
     )
     parser.add_argument("--no-emulation", action="store_true", help="only cross-compile for AArch64")
 
