@@ -15,6 +15,7 @@ from tvm import relax
 from tvm.ir import Call, Expr, GenericConst, Var
 
 from tvm_vitq.errors import VitqError
+from tvm_vitq.graph import is_constant, value_of
 from tvm_vitq.ops import op_name, shape_of
 
 
@@ -22,17 +23,6 @@ def constant(value: np.ndarray) -> GenericConst:
     """A Relax constant; float64 becomes float32, as everything canonical is float32."""
     value = np.asarray(value, dtype="float32" if value.dtype == np.float64 else None, order="C")
     return relax.const(value, str(value.dtype))
-
-
-def is_constant(expr: Expr) -> bool:
-    return isinstance(expr, GenericConst)
-
-
-def value_of(expr: Expr) -> np.ndarray:
-    """The data of a constant, without a copy; read only."""
-    array = np.from_dlpack(expr.value)
-    array.flags.writeable = False
-    return array
 
 
 def scalar_of(expr: Expr) -> float | None:

@@ -8,12 +8,8 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax
 
+from tvm_vitq.graph import MOVEMENT
 from tvm_vitq.ops import attrs, op_name, shape_of
-
-MOVEMENT = frozenset(
-    f"relax.{name}" for name in ("reshape", "permute_dims", "strided_slice", "take", "broadcast_to", "concat")
-)
-"""Operators that move values without changing any."""
 
 OPERANDS = {"vitq.linear": ("input", "weight"), "vitq.attention": ("q", "k", "v")}
 """Operand names, in order of the arguments, of the operators that run on integer matmuls."""

@@ -22,8 +22,10 @@ def is_constant(expr: relax.Expr) -> bool:
 
 
 def value_of(constant: relax.Expr) -> Array:
-    """A constant's value as a NumPy array."""
-    return constant.value.numpy()
+    """A constant's value, without a copy; read only."""
+    array = np.from_dlpack(constant.value)
+    array.flags.writeable = False
+    return array
 
 
 def _ints(tuple_expr: relax.Expr) -> list[int]:
