@@ -18,10 +18,10 @@ from tvm.ir import Call, Expr
 
 from tvm_vitq.graph import value_of
 from tvm_vitq.numerics import Array, Output, Partial
-from tvm_vitq.ops import attrs, dtype_of, op_name, shape_of
+from tvm_vitq.ops import attrs, dtype_of, op_name, probabilities_of, shape_of
 from tvm_vitq.relax_passes.lower_elementwise import EXPRESSIONS, operands
 from tvm_vitq.relax_passes.rewriter import Rewriter, constant
-from tvm_vitq.schedules.attention import Attention, Probs, View
+from tvm_vitq.schedules.attention import Attention, View
 from tvm_vitq.schedules.kernel import Kernel
 from tvm_vitq.schedules.layer_norm import LayerNorm
 from tvm_vitq.schedules.linear import Linear
@@ -146,13 +146,13 @@ class _Lowering(Rewriter):
             widths[source] = columns
             views.append(View(source, column, head_stride, rows, row))
         score, multiplier, zero_q, zero_k, zero_v, *rest = (value_of(a) for a in node.args[3:])
-        table = rest.pop(0) if info["softmax"] == "sigmoid" else None
+        table = rest.pop(0) if info["probs"] == "sigmoid" else None
         additive = [_additive(term, info["keys"]) for term in rest]
         spec = Attention(
             self.isa, batch, heads, queries, info["keys"], info["depth"], width,
             sources=tuple((math.prod(shape_of(s)) // widths[n], widths[n]) for n, s in enumerate(sources)),
             q=views[0], k=views[1], v=views[2],
-            probs=Probs(info["softmax"], info["prob_max"], info["numerator"], info["shift"], info["guard"]),
+            probs=probabilities_of(info),
             out=_output(info),
             additive=tuple(term.shape[:3] for term in additive),
         )  # fmt: skip

@@ -33,6 +33,7 @@ from tvm_vitq.integerize.linear import LinearConstants, linear_constants
 from tvm_vitq.numerics import Array
 from tvm_vitq.ops import attrs, call, op_name, shape_of
 from tvm_vitq.plan import QuantPlan
+from tvm_vitq.quantizers import RowMaximum
 from tvm_vitq.units import wide_ranges
 
 
@@ -340,10 +341,17 @@ class _Realizer:
         (_, heads, _, depth), keys = shape_of(value.args[0]), shape_of(value.args[1])[2]
         out = self.wanted(var) or self.wide[var]
         quantizer = self.plan[f"{site}.probs"]
-        step = float(quantizer.scale[0])
+        by_row = quantizer.codec == RowMaximum.name
+        if by_row and self.plan.requantize == "shift":
+            raise VitqError(
+                "probabilities relative to their row need a division, which a shift plan does not have",
+                where=f"{site}.probs",
+                fix='ask for granularity "tensor" of this site',
+            )
+        step = None if by_row else float(quantizer.scale[0])
         probs = probabilities(info["kind"], quantizer.bits, step, keys, site)
         made = attention_constants(
-            *(f for _, f in operands), out, probs, step,  # type: ignore[arg-type]
+            *(f for _, f in operands), out, probs, step or 1.0,  # type: ignore[arg-type]
             heads=heads, depth=depth, keys=keys, scale=info["scale"], site=site,
         )  # fmt: skip
         args = [e for e, _ in operands]
@@ -355,7 +363,7 @@ class _Realizer:
             "vitq.int_attention",
             args,
             site=site,
-            softmax=info["kind"],
+            probs=probs.kind,
             prob_max=probs.qmax,
             numerator=probs.numerator,
             shift=probs.shift,

@@ -18,7 +18,7 @@ OPERANDS = {"vitq.linear": ("input", "weight"), "vitq.attention": ("q", "k", "v"
 @dataclass(frozen=True)
 class Site:
     """One operand of one matmul: `name` is "<layer>.<role>", `variable` the tensor it reads (None for
-    constants).
+    constants); `kind` of probabilities is "softmax" or "sigmoid".
     """
 
     name: str
@@ -26,6 +26,7 @@ class Site:
     role: str
     variable: str | None
     shape: tuple[int, ...]
+    kind: str = ""
 
 
 def bindings(mod: tvm.IRModule) -> Iterator[relax.VarBinding]:
@@ -67,7 +68,7 @@ def list_sites(mod: tvm.IRModule) -> list[Site]:
             sites.append(Site(f"{layer}.{role}", layer, role, name, tuple(shape_of(operand))))
         if kind == "vitq.attention":
             q, k = shape_of(call.args[0]), shape_of(call.args[1])
-            sites.append(Site(f"{layer}.probs", layer, "probs", None, (*q[:3], k[2])))
+            sites.append(Site(f"{layer}.probs", layer, "probs", None, (*q[:3], k[2]), attrs(call)["kind"]))
     return sites
 
 

@@ -41,22 +41,6 @@ class View:
 
 
 @dataclass(frozen=True)
-class Probs:
-    """numerics.Probabilities without the table, which is an argument of the kernel."""
-
-    kind: str
-    qmax: int
-    numerator: int = 0
-    shift: int = 0
-    guard: int = 0
-
-    @staticmethod
-    def of(probs: Probabilities) -> Probs:
-        """The constants of a quantizer of probabilities."""
-        return Probs(probs.kind, probs.qmax, probs.numerator, probs.shift, probs.guard)
-
-
-@dataclass(frozen=True)
 class Attention:
     """numerics.int_attention on q, k, v that are views of row-major matrices.
 
@@ -66,6 +50,7 @@ class Attention:
     additive : leading three sizes of each additive term ``[nb, nh, tq or 1, tk]``; nb divides batch and image
         b takes
         term ``b % nb`` (windows of one image follow each other); nh is 1 or heads.
+    probs : quantizer of probabilities; its table, if any, is an argument and not part of the kernel.
     tile : register tile; None takes the instruction set's default.
 
     Arguments of the kernel: the sources, score_multiplier, multiplier, zeros, [table], the additive terms,
@@ -83,7 +68,7 @@ class Attention:
     q: View
     k: View
     v: View
-    probs: Probs
+    probs: Probabilities
     out: Output
     additive: tuple[tuple[int, int, int], ...] = ()
     tile: Tile | None = None
@@ -112,7 +97,8 @@ class Attention:
     def name(self) -> str:
         """Name of the kernel; equal names are equal functions."""
         p = self.probs
-        kind = f"{p.kind}{p.qmax}" + (f"n{p.numerator}s{p.shift}g{p.guard}" if p.kind == "softmax" else "")
+        kind = p.kind.replace("_", "") + str(p.qmax)
+        kind += f"n{p.numerator}s{p.shift}g{p.guard}" if p.kind == "softmax" else ""
         views = [f"{v.source}c{v.column}h{v.head_stride}r{v.rows}o{v.row}" for v in (self.q, self.k, self.v)]
         sources = [f"{rows}x{columns}" for rows, columns in self.sources]
         additive = ["a" + "x".join(str(n) for n in shape) for shape in self.additive]

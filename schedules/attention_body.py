@@ -61,6 +61,7 @@ class AttentionBody:
             head = tir.let(task // self.chunk.count)
             self.chunk_index = tir.let(task % self.chunk.count)
             self.image, self.head = tir.let(head // spec.heads), tir.let(head % spec.heads)
+            self.multiplier = tir.let(tir.load(self.b["multiplier"], self.head, 1))
             self.score_multiplier = tir.let(tir.load(self.b["score_multiplier"], self.head, 1))
             self.zero = [tir.let(tir.load(self.b["zeros"], [i, self.head], 1)) for i in range(4)]
             self.keys = self._pack_keys()
@@ -180,6 +181,7 @@ class AttentionBody:
         self.probs = tir.scratch(rows * columns, self.isa.left_dtype("uint8"))
         self.sums = tir.scratch(rows * self.out_columns, "int32")
         self.row_term = tir.scratch(rows, "int32")
+        self.row_scale = tir.scratch(rows, "float32")
 
     def _tile(self, row: Expr) -> None:
         self._stage_query(row)
@@ -241,17 +243,21 @@ class AttentionBody:
             q_sum = tir.intrinsic("llvm.vector.reduce.add", "int32", tir.load(total, 0))
             tir.store(self.row_term, self.zero[1] * (self.zero[0] * spec.d - q_sum), r, 1)
 
+    def _lanes(self, value: Expr, lanes: int) -> Expr:
+        return tir.let(tir.splat(value, lanes) if lanes > 1 else value)
+
     def _output(self, row: Expr, rows: int) -> None:
         """Requantizes the tile and stores it at its place in [batch * tq, heads * dv]."""
         spec, out = self.spec, self.spec.out
-        multiplier = tir.let(tir.load(self.b["multiplier"], self.head, 1))
+        by_row = spec.probs.kind == "row_maximum"
         for start, count, lanes in pieces(spec.dv):
             zero_point = tir.let(tir.splat(self.zero[3], lanes) if lanes > 1 else self.zero[3])
             zero = zero_lanes(zero_point, out, lanes, self.isa.saturating_rint)
-            scale = tir.let(tir.splat(multiplier, lanes)) if lanes > 1 else multiplier
+            scale = self._lanes(self.multiplier, lanes)
             with TB.serial(0, rows) as r:
-                term = tir.load(self.row_term, r, 1)
-                term = tir.let(tir.splat(term, lanes) if lanes > 1 else term)
+                if by_row:
+                    scale = self._lanes(tir.load(self.row_scale, r, 1), lanes)
+                term = self._lanes(tir.load(self.row_term, r, 1), lanes)
                 for c in range(start, start + count * lanes, lanes):
                     value = tir.load(self.sums, r * self.out_columns + c, lanes) + term
                     if self.value_correction is not None:

@@ -17,7 +17,8 @@ FAR = -(2**30)
 
 
 def emit(body: AttentionBody) -> None:
-    """Turns body.scores into body.probs, and body.row_term into -zero_v times the sum of probabilities.
+    """Turns body.scores into body.probs, and body.row_term into -zero_v times the sum of probabilities; of
+    row_maximum also body.row_scale into the multiplier of the head over that sum.
 
     Each step runs over all rows of the tile before the next one starts, so that the reductions and the
     division at the end of a row overlap with the work on the next.
@@ -66,13 +67,15 @@ def _maximum(body: AttentionBody, r: Expr, highest: Expr) -> None:
 
 
 def _exponentials(body: AttentionBody, r: Expr, highest: Expr, factors: Expr) -> None:
-    """numerics.int_exp2 of a row, without its guard bits, and the factor that its sum (with them) gives.
+    """numerics.int_exp2 of a row, without its guard bits, and for softmax the factor that its sum (with them)
+    gives.
 
     The cubic runs in 16 bits, on 32 lanes: ``(f * x) >> SCORE_BITS`` is the high half of ``(f << 16 -
     SCORE_BITS) * x``. With its result c in the high half of a word, ``w = (c << 16) >> n`` holds both ``c >>
     n`` (its high half) and ``(c << guard) >> n = w >> (16 - guard)``.
     """
     probs = body.spec.probs
+    summed = probs.kind == "softmax"
     total = tir.scratch(LANES, "uint32")
     tir.store(total, tir.constant(0, "uint32"), 0)
     top = tir.let(tir.splat(tir.load(highest, r, 1)))
@@ -89,8 +92,10 @@ def _exponentials(body: AttentionBody, r: Expr, highest: Expr, factors: Expr) ->
         n = [tir.cast(tir.minimum(v >> bits, most), "uint32") for v in d]
         words = [tir.let(word >> shift) for word, shift in zip(tir.high_words(e), n, strict=True)]
         tir.store(body.exponentials, tir.halves(words, high=True), at, 2 * LANES)
-        for word in words:
+        for word in words if summed else []:
             tir.store(total, tir.load(total, 0) + (word >> tir.constant(rest, "uint32")), 0)
+    if not summed:
+        return
     row_sum = tir.intrinsic("llvm.vector.reduce.add", "uint32", tir.load(total, 0))
     divisor = row_sum >> tir.constant(probs.guard, "uint32", 1)
     factor = TB.truncdiv(tir.constant(probs.numerator, "uint32", 1), divisor)
@@ -102,18 +107,20 @@ def _quantize(body: AttentionBody, r: Expr, factors: Expr) -> None:
 
     The largest exponential of a row is 2**EXP_BITS, therefore ``factor <= numerator >> EXP_BITS < 2**16`` and
     ``e * factor <= numerator < 2**31``; half is a multiple of 2**16, so that the low half of the product
-    never counts.
+    never counts. The factor of row_maximum is a constant within the same bounds.
     """
     probs = body.spec.probs
+    by_row = probs.kind == "row_maximum"
     lanes = 2 * LANES
     total = tir.scratch(lanes, "uint16")
     tir.store(total, tir.constant(0, "uint16", lanes), 0, lanes)
-    factor = tir.let(tir.splat(tir.load(factors, r, 1), lanes))
+    constant = tir.constant(probs.factor, "uint16", 1) if by_row else tir.load(factors, r, 1)
+    factor = tir.let(tir.splat(constant, lanes))
     half, shift = (tir.constant(c, "uint16", lanes) for c in (1 << (probs.shift - 17), probs.shift - 16))
     with TB.serial(0, body.stride // lanes) as i:
         at = tir.let(r * body.stride + i * lanes)
         p = (tir.multiply_high(tir.load(body.exponentials, at, lanes), factor, lanes) + half) >> shift
-        if (probs.numerator + (1 << (probs.shift - 1))) >> probs.shift > probs.qmax:
+        if not by_row and (probs.numerator + (1 << (probs.shift - 1))) >> probs.shift > probs.qmax:
             p = tir.minimum(p, tir.constant(probs.qmax, "uint16", lanes))
         p = tir.let(p)
         tir.store(body.probs, body.isa.convert_left(tir.cast(p, "uint8", lanes), "uint8", lanes), at, lanes)
@@ -124,6 +131,8 @@ def _quantize(body: AttentionBody, r: Expr, factors: Expr) -> None:
 def _finish(body: AttentionBody, r: Expr, total: Expr) -> None:
     p_sum = tir.intrinsic("llvm.vector.reduce.add", "int32", total)
     tir.store(body.row_term, tir.constant(0, "int32", 1) - body.zero[2] * p_sum, r, 1)
+    if body.spec.probs.kind == "row_maximum":
+        tir.store(body.row_scale, body.multiplier / tir.cast(p_sum, "float32", 1), r, 1)
 
 
 def _sigmoid(body: AttentionBody, r: Expr) -> None:

@@ -8,7 +8,7 @@ from kernel_library import Case
 from tvm_vitq import numerics as nm
 from tvm_vitq.integerize.attention import probabilities
 from tvm_vitq.numerics import Output, Partial
-from tvm_vitq.schedules.attention import Attention, Probs, View
+from tvm_vitq.schedules.attention import Attention, View
 from tvm_vitq.schedules.isa import Tile
 from tvm_vitq.schedules.layer_norm import LayerNorm
 from tvm_vitq.schedules.linear import Linear
@@ -101,13 +101,15 @@ def attention_case(
     extreme: bool = False,
     additive: tuple[tuple[int, int, int], ...] = (),
     out: Output = CODES,
-    step: float | None = None,
+    step: float | None = 0.0,
     spread: float = 4.0,
 ) -> Case:
-    """q, k and v side by side in one matrix if there are as many queries as keys, else q by itself."""
+    """q, k and v side by side in one matrix if there are as many queries as keys, else q by itself. `step` of
+    the probabilities: 0 is 1 / largest code, None relative to the row.
+    """
     b, h, tq, tk, d, dv = shape
     largest = 2**bits - 1
-    probs = probabilities(kind, bits, step or 1 / largest, tk, name)
+    probs = probabilities(kind, bits, 1 / largest if step == 0 else step, tk, name)
     rng = np.random.default_rng(tk)
 
     def codes(*size: int) -> np.ndarray:
@@ -125,12 +127,12 @@ def attention_case(
     score = np.full(h, 4096 * spread / (d**0.5 * 5000), np.float32) * rng.uniform(0.5, 1, h).astype(
         np.float32
     )
-    total = largest if kind == "softmax" else largest * tk
+    total = {"softmax": largest, "row_maximum": 1, "sigmoid": largest * tk}[probs.kind]
     multiplier = (rng.uniform(0.5, 1, h) / total).astype(np.float32)
     if out.kind == "shift":
         multiplier = np.exp2(np.round(np.log2(multiplier))).astype(np.float32)
     terms = tuple(rng.integers(-(2**14), 2**14, (*size, tk)).astype(np.int32) for size in additive)
-    spec = Attention(target, *shape, tuple(s.shape for s in sources), *views, Probs.of(probs), out, additive)
+    spec = Attention(target, *shape, tuple(s.shape for s in sources), *views, probs, out, additive)
     arrays = spec.pack(score, multiplier, *zeros, 3, terms, probs.table)
     # Windows follow each other: image i takes term i % nb.
     full = tuple(np.tile(t, (b // t.shape[0], 1, 1, 1)) for t in terms)

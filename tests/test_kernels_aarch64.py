@@ -21,6 +21,7 @@ def make_cases(target: str) -> list[Case]:
     cases.append(attention_case("attention", target, (1, 2, 21, 21, 32, 32)))
     cases.append(attention_case("attention_tails", target, (1, 1, 3, 37, 20, 23), bits=4))
     cases.append(attention_case("attention_extreme", target, (1, 1, 4, 16, 32, 16), extreme=True))
+    cases.append(attention_case("row_maximum", target, (1, 2, 21, 21, 32, 24), step=None))
     cases.append(attention_case("windows", target, (4, 2, 9, 9, 16, 24), additive=((1, 2, 9), (2, 1, 9))))
     cases.append(attention_case("sigmoid", target, (1, 1, 5, 19, 16, 16), kind="sigmoid"))
     return cases

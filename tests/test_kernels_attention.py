@@ -10,8 +10,7 @@ from kernel_cases import WIDE, attention_case
 from kernel_runs import ISAS, check
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.numerics import Output
-from tvm_vitq.schedules.attention import Probs
+from tvm_vitq.numerics import Output, Probabilities
 
 SHAPES = {
     # name: (batch, heads, tq, tk, d, dv), options
@@ -30,6 +29,12 @@ SHAPES = {
     "row_bias": ((2, 2, 9, 21, 16, 16), {"additive": ((1, 1, 1), (2, 2, 9))}),
     "sigmoid": ((1, 2, 33, 33, 48, 48), {"kind": "sigmoid"}),
     "sigmoid_tails": ((1, 1, 5, 19, 16, 20), {"kind": "sigmoid", "additive": ((1, 1, 5),)}),
+    "row": ((1, 3, 197, 197, 64, 64), {"step": None}),
+    "row_4_bits": ((2, 2, 17, 17, 16, 24), {"step": None, "bits": 4}),
+    "row_2_bits": ((1, 1, 5, 3, 16, 16), {"step": None, "bits": 2, "spread": 1.0}),
+    "row_windows": ((4, 3, 49, 49, 32, 32), {"step": None, "additive": ((1, 3, 49), (2, 1, 49))}),
+    "row_many_keys": ((1, 1, 5, 8192, 16, 16), {"step": None, "spread": 1e-3}),
+    "row_wide": ((1, 2, 20, 20, 16, 24), {"step": None, "out": WIDE}),
     "wide": ((1, 2, 20, 20, 16, 24), {"out": WIDE}),
     "shift": ((1, 2, 20, 20, 16, 16), {"out": Output("int8", -128, 127, "shift")}),
 }
@@ -51,7 +56,7 @@ def test_probabilities_finer_than_the_sum():
 def test_refuses_a_step_that_16_bits_do_not_hold():
     case = attention_case("fine", ISAS[0], (1, 1, 9, 9, 16, 16))
     with pytest.raises(VitqError, match="softmax"):
-        replace(case.spec, probs=Probs("softmax", 255, 2**31 - 2**17, 16, 8))
+        replace(case.spec, probs=Probabilities("softmax", 255, 2**31 - 2**17, 16, 8))
 
 
 def test_names_tell_functions_apart():
@@ -65,7 +70,7 @@ def test_names_tell_functions_apart():
         replace(spec, q=replace(spec.q, column=1)),
         replace(spec, v=replace(spec.v, head_stride=8)),
         replace(spec, probs=replace(spec.probs, qmax=15)),
-        replace(spec, probs=Probs("sigmoid", 255)),
+        replace(spec, probs=Probabilities("sigmoid", 255)),
     ]
     assert len({v.name for v in variants}) == len(variants)
 

@@ -125,7 +125,7 @@ def attention_on_qkv(batch=2, tokens=5, heads=3, depth=8):
         ]
         mixed = b.emit(
             ops.call(
-                "vitq.int_attention", [*parts, *per_head], site="attn", softmax="softmax", prob_max=255,
+                "vitq.int_attention", [*parts, *per_head], site="attn", probs="softmax", prob_max=255,
                 numerator=255 << 23, shift=23, guard=8, zero_point=0, out_dtype="int8", qmin=-128, qmax=127,
             )
         )  # fmt: skip

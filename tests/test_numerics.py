@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tvm_vitq import numerics as nm
+from tvm_vitq.errors import VitqError
 from tvm_vitq.formats import codes_format, scalar_format, wide_format
 from tvm_vitq.integerize.activation import FUNCTIONS, activation_input, activation_table, sigmoid_table
 from tvm_vitq.integerize.attention import additive_scores, attention_constants, probabilities
@@ -339,6 +340,27 @@ def test_softmax_is_within_its_bound(tokens: int, bits: int) -> None:
         assert excess <= softmax_bound(bits, scale, tokens, probs)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 49, 197, 1370, 8192])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_row_maximum_is_within_its_bound(tokens: int, bits: int) -> None:
+    """Half a code, and the errors of the cubic and of its EXP_BITS times the largest code."""
+    probs = probabilities("softmax", bits, None, tokens, "attn")
+    assert probs.factor < 2**16 and probs.factor * 2**nm.EXP_BITS + 2 ** (probs.shift - 1) < 2**31
+    for deviation in (0.0, 0.1, 1.0, 6.0, 1000.0):
+        t = np.rint(rng(tokens).normal(0, deviation, (8, tokens)) * 2**nm.SCORE_BITS).astype(np.int32)
+        exact = (2**bits - 1) * 2.0 ** ((t - t.max(-1, keepdims=True)) / 2**nm.SCORE_BITS)
+        p = nm.int_probabilities(t, probs)
+        assert p.max(-1).tolist() == [2**bits - 1] * 8
+        assert np.abs(p - exact).max() <= 0.5 + (2**bits - 1) * (1.3e-4 + 2.0**-nm.EXP_BITS)
+
+
+def test_row_maximum_refuses_what_its_sums_do_not_hold() -> None:
+    with pytest.raises(VitqError, match="too many keys"):
+        probabilities("softmax", 8, None, 8193, "attn")
+    with pytest.raises(VitqError, match="softmax"):
+        probabilities("sigmoid", 8, None, 4, "attn")
+
+
 def test_softmax_bound_is_small_for_common_numbers_of_tokens() -> None:
     for tokens, limit in ((49, 0.05), (197, 0.05), (577, 0.12), (1370, 0.4)):
         probs = probabilities("softmax", 8, 1 / 255, tokens, "attn")
@@ -394,7 +416,7 @@ def test_sigmoid_is_within_its_bound() -> None:
     assert len(sigmoid_table(1 / 255, 255)) == 2**nm.SIGMOID_BITS
 
 
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", ["softmax", "row_maximum", "sigmoid"])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 3, 5, 7, 8), (1, 2, 50, 50, 32)])
 def test_attention_matches_its_definition(kind: str, shape: tuple[int, ...]) -> None:
     batch, heads, tq, tk, depth = shape
@@ -406,10 +428,12 @@ def test_attention_matches_its_definition(kind: str, shape: tuple[int, ...]) -> 
     ]
     out = codes_format(8, [6 / 255], [128], "tensor")
     bias = r.normal(0, 0.5, (heads, tq, tk))
-    probs = probabilities(kind, 8, 1 / 255, tk, "attn")
+    by_row = kind == "row_maximum"
+    probs = probabilities("softmax" if by_row else kind, 8, None if by_row else 1 / 255, tk, "attn")
     made = attention_constants(
-        *formats, out, probs, 1 / 255, heads=heads, depth=depth, keys=tk, scale=depth**-0.5, site="attn"
-    )
+        *formats, out, probs, 1.0 if by_row else 1 / 255,
+        heads=heads, depth=depth, keys=tk, scale=depth**-0.5, site="attn",
+    )  # fmt: skip
     got = nm.int_attention(
         q, k, v, made.score_multiplier, made.multiplier, (additive_scores(bias),), zero_q=made.zero_q,
         zero_k=made.zero_k, zero_v=made.zero_v, zero_point=int(out.zero_point), probs=probs, out=INT8,
@@ -420,8 +444,12 @@ def test_attention_matches_its_definition(kind: str, shape: tuple[int, ...]) -> 
         real.append(scale * (codes - zero.astype(np.float64)))
     scores = real[0] @ real[1].swapaxes(-1, -2) * depth**-0.5 + bias
     p = np.exp(scores - scores.max(-1, keepdims=True))
-    p = p / p.sum(-1, keepdims=True) if kind == "softmax" else 1 / (1 + np.exp(-scores))
-    exact = np.rint(255 * p) / 255 @ real[2] / out.scale + out.zero_point
+    if kind == "sigmoid":
+        p = 1 / (1 + np.exp(-scores))
+    total = np.rint(255 * p).sum(-1, keepdims=True) if by_row else 255
+    if kind == "softmax":
+        p = p / p.sum(-1, keepdims=True)
+    exact = np.rint(255 * p) / total @ real[2] / out.scale + out.zero_point
     clipped = np.clip(np.rint(exact), -128, 127)
     # a probability next to a rounding boundary may fall to the other side: one code of p on one key
     one_code = np.abs(real[2]).max() / 255 / out.scale

@@ -1,4 +1,4 @@
-"""The uniform quantizer: its formula, its granularities, and torch agreeing with NumPy."""
+"""Quantizers: formulas, granularities, and torch agreeing with NumPy."""
 
 import numpy as np
 import pytest
@@ -109,3 +109,23 @@ def test_unfitting_parameters():
         CODECS["uniform"].encode(np.zeros((1, 3, 4), "float32"), site)
     with pytest.raises(VitqError, match="uniform"):
         codec_of(SiteQuantizer(4, [0.1], [0], codec="unifrom"))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_row_maximum(bits):
+    """Codes relative to the row's maximum; rows sum to 1 again; NumPy, torch and gradients."""
+    site = SiteQuantizer(bits, [], [], "row_maximum", granularity="token", axis=-2, dynamic=True)
+    site.check("attn.probs")
+    p = torch.randn(2, 3, 5, 17, generator=torch.Generator().manual_seed(0)).mul(2).softmax(-1)
+    codec = codec_of(site)
+    codes = codec.encode(p.numpy(), site)
+    assert codes.min() >= 0 and (codes.max(-1) == 2**bits - 1).all()
+    largest = p.max(-1, keepdim=True).values
+    assert np.abs(codes - (site.qmax * p / largest).numpy()).max() <= 0.5 + 1e-4
+    decoded = codec.decode(codes, site)
+    np.testing.assert_allclose(decoded.sum(-1), 1, atol=1e-6)
+    p.requires_grad_()
+    fake = codec.fake_quantize(p, site, {})
+    np.testing.assert_allclose(fake.detach().numpy(), decoded, atol=1e-7)
+    (fake * torch.arange(17)).sum().backward()
+    assert p.grad.isfinite().all() and p.grad.abs().max() > 0

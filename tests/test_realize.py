@@ -181,6 +181,9 @@ def float_operator(name: str, info: dict[str, Any], args: list[Array], plan: Qua
         e = np.exp(scores - scores.max(-1, keepdims=True))
         p = e / e.sum(-1, keepdims=True) if info["kind"] == "softmax" else 1 / (1 + np.exp(-scores))
         quantizer = plan[f"{info['site']}.probs"]
+        if quantizer.codec == "row_maximum":
+            codes = np.rint(p / p.max(-1, keepdims=True) * quantizer.qmax)
+            return codes / codes.sum(-1, keepdims=True) @ v
         return np.clip(np.rint(p / quantizer.scale[0]), 0, quantizer.qmax) * quantizer.scale[0] @ v
     if name == "vitq.mean":
         return args[0].mean(info["axis"])

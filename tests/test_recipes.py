@@ -123,7 +123,11 @@ def test_granularities():
 
 
 def test_probabilities():
-    job = fit(tiny_vit(), "w8a8")
+    for recipe in ("minmax", "percentile", "mse"):
+        site = fit(tiny_vit(), "w4a4", recipe).plan["blocks.0.attn.probs"]
+        assert site.codec == "row_maximum" and site.dynamic and site.bits == 4 and not site.scale
+    per_tensor = Granularities(probs="tensor")
+    job = fit(tiny_vit(), "w8a8", granularities=per_tensor)
     largest = []
 
     class Largest(Hooks):
@@ -133,7 +137,7 @@ def test_probabilities():
 
     Executor(tiny_vit()).run(torch.from_numpy(IMAGES), Largest(), chunk=len(IMAGES))
     assert job.plan["blocks.0.attn.probs"].scale == [pytest.approx(largest[0] / 255, rel=1e-4)]
-    plan = fit(tiny_vit(), "w4a4", "mse").plan
+    plan = fit(tiny_vit(), "w4a4", "mse", granularities=per_tensor).plan
     assert 0 < plan["blocks.0.attn.probs"].scale[0] <= 1 / 15
 
 
@@ -154,12 +158,13 @@ def test_synthesized_by_default():
 def test_simulation_is_differentiable():
     result = fit(tiny_vit(depth=1), "w4a4")
     hooks = FakeQuantize(result.plan.sites)
-    for parameters in hooks.parameters.values():
-        parameters["scale"].requires_grad_()
+    scales = {name: p["scale"] for name, p in hooks.parameters.items() if p}
+    for scale in scales.values():
+        scale.requires_grad_()
     executor = Executor(result.mod)
     executor.run(torch.from_numpy(IMAGES[:2]), hooks).square().sum().backward()
-    trained = [name for name, p in hooks.parameters.items() if p["scale"].grad.abs().sum() > 0]
-    assert len(trained) == len(hooks.parameters)
+    trained = [name for name, scale in scales.items() if scale.grad.abs().sum() > 0]
+    assert len(trained) == len(scales) == len(hooks.parameters) - 1  # all but the probabilities
 
 
 @pytest.mark.parametrize(

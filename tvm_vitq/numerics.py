@@ -2,8 +2,8 @@
 bit.
 
 Allowed are integer operations, table lookups and single IEEE float32 operations that no compiler may fuse:
-convert, multiply, round to nearest even. There is no float sum, no product that is then added, and no library
-function, so there is one answer. docs/numerics.md derives the formulas and the constants.
+convert, multiply, divide, round to nearest even. There is no float sum, no product that is then added, and no
+library function, so there is one answer. docs/numerics.md derives the formulas and the constants.
 
 Number formats
 --------------
@@ -301,6 +301,8 @@ class Probabilities:
 
     softmax: ``F = numerator // (sum(e) >> guard)``; ``p = min(((e >> guard) * F + 2**(shift-1)) >> shift,
     qmax)``, numerator = round(2**shift / scale), e in 2**-(EXP_BITS + guard)
+    row_maximum: ``p = (e * qmax * 2**(shift-EXP_BITS) + 2**(shift-1)) >> shift``, e in 2**-EXP_BITS: the
+    largest code of every row is qmax, and the result of attention is divided by the row's ``sum(p)``
     sigmoid: ``p = table[clip((t + 2**(s-1)) >> s, +-2**13) + 2**13]``, table : uint8 [2**SIGMOID_BITS]
     """
 
@@ -311,12 +313,20 @@ class Probabilities:
     guard: int = 0
     table: Array | None = None
 
+    @property
+    def factor(self) -> int:
+        """What row_maximum multiplies exponentials with; the products stay below 2**31."""
+        return self.qmax << (self.shift - EXP_BITS)
+
 
 SIGMOID_SHIFT = SCORE_BITS + 5 - SIGMOID_BITS
 
 
 def int_probabilities(t: Array, probs: Probabilities) -> Array:
     """uint8 codes of softmax or sigmoid of base-2 scores t (int32, 2**-SCORE_BITS), over the last axis."""
+    if probs.kind == "row_maximum":
+        e = int_exp2(t.max(-1, keepdims=True) - t, 0)
+        return ((e * probs.factor + (1 << (probs.shift - 1))) >> probs.shift).astype(np.uint8)
     if probs.kind == "softmax":
         e = int_exp2(t.max(-1, keepdims=True) - t, probs.guard)
         factor = probs.numerator // (e.sum(-1, keepdims=True, dtype=np.int32) >> probs.guard)
@@ -348,7 +358,8 @@ def int_attention(
     q : int8 [B, H, Tq, D];  k : int8 [B, H, Tk, D];  v : int8 [B, H, Tk, Dv];  zero_q, zero_k, zero_v : int32
     [H] ``t = round(float32((q - zero_q) @ (k - zero_k).T) * score_multiplier[h]) + sum(additive)``, int32
     base-2 scores ``p = int_probabilities(t)``;  ``o = p @ (v - zero_v)``;  result requantize(o,
-    multiplier[h]) : [B, H, Tq, Dv].
+    multiplier[h]) : [B, H, Tq, Dv]; with probabilities of kind row_maximum the multiplier of a row is the
+    float32 quotient ``multiplier[h] / float32(sum(p))``.
     score_multiplier, multiplier : float32 [H]. additive : int32, broadcastable to [B, H, Tq, Tk], base-2
         scores.
     """
@@ -362,6 +373,10 @@ def int_attention(
     for term in additive:
         t = t + term
     p = int_probabilities(t, probs)
-    o = integer_matmul(p, v) - zv * p.astype(np.int32).sum(-1, keepdims=True)
+    p_sum = p.astype(np.int32).sum(-1, keepdims=True)
+    o = integer_matmul(p, v) - zv * p_sum
     zero = np.asarray(zero_point, np.int32)
-    return requantize(o, multiplier[per_head], zero[per_head] if zero.ndim else zero, out)
+    scale = np.asarray(multiplier, np.float32)[per_head]
+    if probs.kind == "row_maximum":
+        scale = scale / p_sum.astype(np.float32)
+    return requantize(o, scale, zero[per_head] if zero.ndim else zero, out)

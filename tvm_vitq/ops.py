@@ -15,6 +15,7 @@ from tvm import relax
 from tvm.ir.op import Op, register_op_attr
 
 from tvm_vitq.errors import VitqError
+from tvm_vitq.numerics import Probabilities
 
 Shape = list[int]
 
@@ -53,6 +54,11 @@ def _plain(value: Any) -> Any:
 def call(name: str, args: list[relax.Expr], **attributes: Any) -> relax.Call:
     """A call of one of our operators, e.g. ``call("vitq.linear", [x, w, b], site="head")``."""
     return relax.Call(Op.get(name), args, tvm.ir.make_node("ir.DictAttrs", **attributes))
+
+
+def probabilities_of(info: dict[str, Any]) -> Probabilities:
+    """The quantizer in the attributes of integer attention; its table is an operand."""
+    return Probabilities(info["probs"], info["prob_max"], info["numerator"], info["shift"], info["guard"])
 
 
 def op_name(expr: relax.Expr) -> str:

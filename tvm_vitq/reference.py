@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +15,8 @@ from tvm import relax
 from tvm_vitq import numerics
 from tvm_vitq.errors import VitqError
 from tvm_vitq.graph import Dataflow, data_operands, is_constant, is_movement, movement, value_of
-from tvm_vitq.numerics import Array, Output, Partial, Probabilities
-from tvm_vitq.ops import attrs, op_name
+from tvm_vitq.numerics import Array, Output, Partial
+from tvm_vitq.ops import attrs, op_name, probabilities_of
 
 Attributes = dict[str, Any]
 
@@ -43,8 +44,9 @@ def _layer_norm(a: Attributes, x: Array, gain: Array, offset: Array) -> Array:
 
 def _attention(a: Attributes, q: Array, k: Array, v: Array, *rest: Array) -> Array:
     score, multiplier, zero_q, zero_k, zero_v, *additive = rest
-    table = additive.pop(0) if a["softmax"] == "sigmoid" else None
-    probs = Probabilities(a["softmax"], a["prob_max"], a["numerator"], a["shift"], a["guard"], table)
+    probs = probabilities_of(a)
+    if probs.kind == "sigmoid":
+        probs = dataclasses.replace(probs, table=additive.pop(0))
     return numerics.int_attention(
         q, k, v, score, multiplier, tuple(additive), zero_q=zero_q, zero_k=zero_k, zero_v=zero_v,
         zero_point=a["zero_point"], probs=probs, out=_output(a),

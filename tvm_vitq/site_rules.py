@@ -45,6 +45,7 @@ class Granularities:
     weight: str = "channel"
     input: str = "tensor"
     heads: str = "tensor"
+    probs: str = "token"
     weight_group: int | None = None
     input_group: int | None = None
 
@@ -55,7 +56,7 @@ ALLOWED = {
     "q": ("tensor", "head"),
     "k": ("tensor", "head"),
     "v": ("tensor", "head"),
-    "probs": ("tensor",),
+    "probs": ("tensor", "token"),
 }
 """Granularities that an integer matmul can apply at each operand. Per-channel inputs are reached by folding
 their scales into the layer in front, which the recipe decides."""
@@ -111,7 +112,7 @@ def resolve_specs(
         elif role == "input":
             spec = _spec(activation_bits, asked.input, asked.input_group)
         else:
-            spec = _spec(activation_bits, "tensor" if role == "probs" else asked.heads, None)
+            spec = _spec(activation_bits, asked.probs if role == "probs" else asked.heads, None)
         specs[site] = replace(spec, bits=IMAGE_BITS) if site in image_sites else spec
     for pattern, change in (overrides or {}).items():
         matched = [site for site in sites if _matches(pattern, site)]

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.torch
-import scenes
 import timm
 import torch
 
 from tvm_vitq import refmodels
+from tvm_vitq.refmodels import scenes
 from tvm_vitq.refmodels.packing import pack, unpack
 
 DATA = Path(refmodels.__file__).parent / "data"

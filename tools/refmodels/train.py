@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import scenes
 import torch
 from torch.nn import functional
 
+from tvm_vitq.refmodels import scenes
 from tvm_vitq.refmodels.architectures import build
 from tvm_vitq.refmodels.images import normalize
 

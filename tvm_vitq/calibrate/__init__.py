@@ -77,8 +77,9 @@ def calibrate(
             expected=" or ".join(REQUANTIZE_KINDS),
         )
     names = [site.name for site in list_sites(model.mod)]
+    asked = granularities or Granularities(probs="tensor" if requantize == "shift" else "token")
     specs = resolve_specs(
-        names, bits, image_sites=image_sites(model.mod), granularities=granularities, overrides=overrides
+        names, bits, image_sites=image_sites(model.mod), granularities=asked, overrides=overrides
     )
     images = sources.load_images(
         calibration,

@@ -7,6 +7,7 @@ from tvm_vitq.calibrate.observe import View, view_of
 from tvm_vitq.calibrate.searches import RangeRule, quantizer_numbers
 from tvm_vitq.calibrate.statistics import Summary, rows_of
 from tvm_vitq.plan import SiteQuantizer
+from tvm_vitq.quantizers import RowMaximum
 from tvm_vitq.relax_passes.sites import Site
 from tvm_vitq.site_rules import SiteSpec
 
@@ -46,8 +47,13 @@ softmax has room for (it keeps 15 bits of each exponential)."""
 
 
 def probability_views(job: Job) -> dict[str, View]:
-    """How to summarize the attention probabilities."""
-    return {site.name: View("tensor") for site, _ in job.fitted_sites("probs")}
+    """How to summarize the attention probabilities that need a scale."""
+    return {site.name: View("tensor") for site, spec in job.fitted_sites("probs") if not by_row(site, spec)}
+
+
+def by_row(site: Site, spec: SiteSpec) -> bool:
+    """Whether probabilities are quantized relative to the largest of their row."""
+    return spec.granularity == "token" and site.kind == "softmax"
 
 
 def fit_activations(job: Job, summaries: dict[str, Summary], rule: RangeRule) -> None:
@@ -59,12 +65,18 @@ def fit_activations(job: Job, summaries: dict[str, Summary], rule: RangeRule) ->
 
 
 def fit_probabilities(job: Job, summaries: dict[str, Summary], rule: RangeRule) -> None:
-    """Quantizers of attention probabilities: from 0 to the rule's upper end.
+    """Quantizers of attention probabilities: relative to their row where the spec says "token", which softmax
+    alone allows, else from 0 to the rule's upper end.
 
     Not to 1: where attention is spread over hundreds of tokens, no probability comes near 1, and a step of
     1 / 255 would leave them a single code.
     """
     for site, spec in job.fitted_sites("probs"):
+        if by_row(site, spec):
+            job.quantizers[site.name] = SiteQuantizer(
+                spec.bits, [], [], RowMaximum.name, granularity="token", axis=-2, dynamic=True
+            )
+            continue
         high = rule(summaries[site.name], spec.bits, False)[1].clamp(SMALLEST_PROBABILITY, 1.0)
         scale = (high / (2**spec.bits - 1)).tolist()
         job.quantizers[site.name] = SiteQuantizer(spec.bits, scale, [0])

@@ -70,6 +70,19 @@ def mse(steps: int = 28, smallest: float = 0.04) -> RangeRule:
     return rule
 
 
+def whole(inner: RangeRule, factor: float = 1.2) -> RangeRule:
+    """The whole range, but on either side at most `factor` times as far as `inner` reaches: a few values of a
+    heavy tail are kept, a single one far beyond does not take the codes of all others.
+    """
+
+    def rule(summary: Summary, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
+        low, high = inner(summary, bits, signed)
+        lowest, highest = minmax(summary, bits, signed)
+        return torch.maximum(lowest, factor * low), torch.minimum(highest, factor * high)
+
+    return rule
+
+
 UNSEEN_VALUES = 1e6
 """Values per channel that a range of `unseen` is meant to hold: a few thousand images of a few hundred
 tokens."""

@@ -16,6 +16,8 @@ def to_powers_of_two(job: Job) -> None:
     Attention probabilities keep a range of at least [0, 1 - 2**-bits].
     """
     for name, quantizer in job.quantizers.items():
+        if quantizer.dynamic:
+            continue
         scale = np.array(quantizer.scale, np.float64)
         rounded = np.exp2(np.ceil(np.log2(scale) - 1e-9))
         low = -scale * np.array(quantizer.zero_point)

@@ -11,10 +11,13 @@ from tvm_vitq.errors import VitqError
 from tvm_vitq.formats import Format
 from tvm_vitq.integerize.activation import sigmoid_table
 from tvm_vitq.integerize.headroom import INT32_MAX, require
-from tvm_vitq.numerics import SCORE_BITS, Array, Probabilities, exp2_guard_bits
+from tvm_vitq.numerics import EXP_BITS, SCORE_BITS, Array, Probabilities, exp2_guard_bits
 
 ADDITIVE_MAX = 2**26
 """Limit of additive scores: as base-2 exponents +-2**14, beyond which a probability is 0 anyway."""
+
+ROW_KEYS = 8192
+"""Most keys of a row whose codes may all be 255: kernels add them up in 32 lanes of 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,23 @@ def _per_head(value: Array, heads: int, dtype: type) -> Array:
     return np.broadcast_to(np.asarray(value), (heads,)).astype(dtype)
 
 
-def probabilities(kind: str, bits: int, scale: float, keys: int, site: str) -> Probabilities:
-    """Quantizer of probabilities with step `scale`, ``0 <= code <= 2**bits - 1``."""
+def probabilities(kind: str, bits: int, scale: float | None, keys: int, site: str) -> Probabilities:
+    """Quantizer of probabilities with step `scale`, ``0 <= code <= 2**bits - 1``; None: relative to
+    the largest probability of each row.
+    """
     qmax = 2**bits - 1
+    if scale is None:
+        if kind != "softmax":
+            raise VitqError("only softmax can be quantized relative to its row", where=site, got=kind)
+        if keys > ROW_KEYS:
+            raise VitqError(
+                "too many keys for probabilities relative to their row",
+                where=site,
+                got=keys,
+                expected=f"at most {ROW_KEYS} tokens",
+                fix='ask for granularity "tensor" of this site',
+            )
+        return Probabilities("row_maximum", qmax, shift=EXP_BITS + 16 - bits)
     if kind == "sigmoid":
         return Probabilities("sigmoid", qmax, table=sigmoid_table(scale, qmax))
     if kind != "softmax":

@@ -50,15 +50,19 @@ def linear_constants(
     largest : largest calibrated \\|y\\|, used for the unit of sums with scales inside
 
     With one scale for x and one per output channel the sum is ``dot + bias_q - zero_x * sum_k w``, and
-    requantization multiplies by ``s_x s_w / s_out``. Otherwise see numerics.Partial.
+    requantization multiplies by ``s_x s_w / s_out``. Codes of fewer than 8 bits are then stored as multiples
+    of ``align = 128 / (weight_max + 1)``, at the upper end of their byte: the sum gets that many fractions of
+    ``s_x s_w``, and the bias is rounded to those. Otherwise see numerics.Partial.
     """
     plain = weight_scale.shape[1] == 1 and x.granularity == "tensor"
+    align = 128 // (weight_max + 1) if plain else 1
     if plain:
-        weight_scale = np.maximum(weight_scale, _least_unit(bias)[:, None] / x.scale)
+        weight_scale = np.maximum(weight_scale, align * _least_unit(bias)[:, None] / x.scale)
     scale = np.repeat(weight_scale, weight.shape[1] // weight_scale.shape[1], axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.where(scale > 0, np.rint(weight / scale), 0.0)
-    w = np.clip(codes, -weight_max, weight_max).astype(np.int8)
+    w = (np.clip(codes, -weight_max, weight_max) * align).astype(np.int8)
+    weight_scale = weight_scale / align
     if x.granularity == "channel":
         raise VitqError(
             "input scales per channel must be folded into the weights before the layer is realized",

@@ -8,9 +8,10 @@ from __future__ import annotations
 from tvm_vitq.errors import VitqError, nearest
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.quantizers.base import Codec
+from tvm_vitq.quantizers.row_maximum import RowMaximum
 from tvm_vitq.quantizers.uniform import Uniform
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Uniform(),)}
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (Uniform(), RowMaximum())}
 
 
 def codec_of(site: SiteQuantizer) -> Codec:
@@ -25,4 +26,4 @@ def codec_of(site: SiteQuantizer) -> Codec:
     return CODECS[site.codec]
 
 
-__all__ = ["CODECS", "Codec", "Uniform", "codec_of"]
+__all__ = ["CODECS", "Codec", "RowMaximum", "Uniform", "codec_of"]

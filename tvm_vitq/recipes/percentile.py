@@ -18,11 +18,11 @@ class Percentile(Recipe):
     """The quantization frame of RepQ-ViT with uniform quantizers only.
 
     Activations: of the quantiles in `percentiles` the one with the smallest squared error; at 8 bits the
-    widest, since clipped values hurt the logits more than their squared error says. Probabilities: likewise,
-    and their largest value at 8 bits. LayerNorm outputs: a range per channel, at 8 bits with room for unseen
-    values (`searches.unseen`), folded exactly into gamma, beta and the following linear layers
-    (`calibrate.reparameterize`). Weights: their whole range at 8 bits, below it a squared-error search,
-    after folding.
+    whole range, as far as the widest of them justifies it (`searches.whole`), since clipped values hurt the logits
+    more than their squared error says. Probabilities: relative to their row (`quantizers.row_maximum`).
+    LayerNorm outputs: a range per channel, at 8 bits with room for unseen values (`searches.unseen`), folded
+    exactly into gamma, beta and the following linear layers (`calibrate.reparameterize`). Weights: their
+    whole range at 8 bits, below it a squared-error search, after folding.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class Percentile(Recipe):
         from tvm_vitq.calibrate.reparameterize import find_folds, fold_layer_norms, observe_with_folds
 
         widest = searches.percentile((max(self.percentiles),))
-        rule = searches.by_bits(searches.percentile(self.percentiles), widest)
+        rule = searches.by_bits(searches.percentile(self.percentiles), searches.whole(widest))
         folds = find_folds(job) if self.fold else []
         views = fit.activation_views(job) | fit.probability_views(job)
         summaries = observe_with_folds(job, folds, views, 1.0 - min(self.percentiles))

@@ -85,6 +85,17 @@ def test_set_uint8() -> tuple[np.ndarray, np.ndarray]:
     return unpack(residuals, int(levels)), labels.astype(np.int64)
 
 
+def more_test_images(count: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """`count` further images of the test sources, drawn now, with labels; else as `test_set`.
+
+    Seed 0 begins a stream of the shipped kind; any other seed gives images that are not among those.
+    """
+    from tvm_vitq.refmodels import scenes
+
+    images, labels = scenes.draw(scenes.TEST, count, seed, meta()["images"]["test"]["severity"])
+    return normalize(images), labels
+
+
 def test_set() -> tuple[np.ndarray, np.ndarray]:
     """Images float32 (3000, 3, 32, 32), normalized, and labels int64 (3000,)."""
     images, labels = test_set_uint8()

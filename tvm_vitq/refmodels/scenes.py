@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from shapes import SHAPES
+
+from tvm_vitq.refmodels.shapes import SHAPES
 
 SIZE = 32
 SURFACES = ("plain", "striped", "dotted")
