@@ -18,11 +18,12 @@ class Percentile(Recipe):
     """The quantization frame of RepQ-ViT with uniform quantizers only.
 
     Activations: of the quantiles in `percentiles` the one with the smallest squared error; at 8 bits the
-    whole range, as far as the widest of them justifies it (`searches.whole`), since clipped values hurt the logits
-    more than their squared error says. Probabilities: relative to their row (`quantizers.row_maximum`).
-    LayerNorm outputs: a range per channel, at 8 bits with room for unseen values (`searches.unseen`), folded
-    exactly into gamma, beta and the following linear layers (`calibrate.reparameterize`). Weights: their
-    whole range at 8 bits, below it a squared-error search, after folding.
+    whole range, as far as the widest of them justifies it (`searches.whole`), since clipped values hurt the
+    logits more than their squared error says. Probabilities: relative to their row
+    (`quantizers.row_maximum`). LayerNorm outputs: a range per channel, at 8 bits with room for unseen values
+    (`searches.unseen`), folded exactly into gamma, beta and the following linear layers
+    (`calibrate.reparameterize`). Weights: their whole range at 8 bits, below it a squared-error search, after
+    folding.
 
     Parameters
     ----------
