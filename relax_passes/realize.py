@@ -15,7 +15,7 @@ import tvm
 from tvm import relax
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.formats import Format, codes_format, gate_format, wide_format
+from tvm_vitq.formats import CodebookFormat, Format, codebook_format, codes_format, gate_format, wide_format
 from tvm_vitq.graph import (
     Dataflow,
     Leaf,
@@ -26,14 +26,15 @@ from tvm_vitq.graph import (
     rebuild_movement,
     value_of,
 )
-from tvm_vitq.integerize.activation import activation_input, activation_table
+from tvm_vitq.integerize.activation import activation_input, activation_table, codebook_table
 from tvm_vitq.integerize.attention import additive_scores, attention_constants, probabilities
 from tvm_vitq.integerize.layer_norm import layer_norm_constants
 from tvm_vitq.integerize.linear import LinearConstants, linear_constants
 from tvm_vitq.numerics import Array
 from tvm_vitq.ops import attrs, call, op_name, shape_of
 from tvm_vitq.plan import QuantPlan
-from tvm_vitq.quantizers import RowMaximum
+from tvm_vitq.quantizers import RowMaximum, codec_of
+from tvm_vitq.quantizers.codebook import Codebook
 from tvm_vitq.units import wide_ranges
 
 
@@ -117,7 +118,13 @@ class _Realizer:
             asked = [self.demand(leaf) for leaf in self.graph.leaves(var)]
             keys = {None if f is None else f.key for f in asked}
             same_for_all = len(keys) == 1 and (asked[0] is None or asked[0].granularity == "tensor")
-            self.choice[var] = asked[0] if same_for_all else self.wide[var]
+            chosen = asked[0] if same_for_all else self.wide[var]
+            if (
+                isinstance(chosen, CodebookFormat)
+                and op_name(self.graph.definition.get(var)) != "vitq.activation"
+            ):
+                chosen = self.book_index(chosen)  # only tables of functions produce levels
+            self.choice[var] = chosen
         return self.choice[var]
 
     def demand(self, leaf: Leaf) -> Format | None:
@@ -145,7 +152,12 @@ class _Realizer:
 
     def codes(self, site: str) -> Format:
         q = self.plan[site]
+        if isinstance(codec_of(q), Codebook):
+            return codebook_format(q, site)
         return codes_format(q.bits, q.scale, q.zero_point, q.granularity)
+
+    def book_index(self, book: CodebookFormat) -> Format:
+        return book.index(self.plan.requantize == "shift")
 
     def range_of(self, var: relax.Var) -> float:
         if var.name not in self.plan.ranges:
@@ -162,9 +174,16 @@ class _Realizer:
         slot = (expr, None if to is None else to.key)
         if slot not in self.converted:
             self.converted[slot] = self.builder.emit(
-                self.convert(native, have, to), name_hint=f"{expr.name}_converted"
+                self.levels(expr, to) if isinstance(to, CodebookFormat) else self.convert(native, have, to),
+                name_hint=f"{expr.name}_converted",
             )
         return self.converted[slot]
+
+    def levels(self, expr: relax.Expr, to: CodebookFormat) -> relax.Call:
+        """Levels of a codebook by table."""
+        index = self.book_index(to)
+        table = const(codebook_table(index, to))
+        return call("vitq.int_lookup", [self.get(expr, index), table], out_dtype=to.dtype)
 
     def convert(self, native: relax.Expr, have: Format | None, to: Format | None) -> relax.Call:
         shape = shape_of(native)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import INDEX_BITS, WIDE_MAX, Array
+from tvm_vitq.plan import SiteQuantizer
+from tvm_vitq.quantizers import codec_of
+from tvm_vitq.quantizers.codebook import GRID, Codebook
 
 WIDE_TARGET_BITS = 21
 """The largest calibrated value of a wide tensor is put just below 2**21, which leaves a factor of 8 before
@@ -24,11 +27,11 @@ GATE_MAX = 2**15 - 1
 
 @dataclass(frozen=True, eq=False)
 class Format:
-    """``real = scale * (integer - zero_point)`` for integers in qmin..qmax of the given dtype.
+    """``real = scale * (integer - zero_point) + offset`` for integers in qmin..qmax of the given dtype.
 
     `scale` and `zero_point` are numbers, or arrays that lie along the axis which `granularity` names:
     "tensor", "channel" (last axis), "group" (equal parts of the last axis), "token" (axis before it), "head"
-    (axis 1 of [B, H, T, D]).
+    (axis 1 of [B, H, T, D]). Only codebooks have an `offset`; linear layers move it to their bias.
     """
 
     dtype: str
@@ -37,6 +40,7 @@ class Format:
     qmin: int
     qmax: int
     granularity: str = "tensor"
+    offset: float = 0.0
 
     @property
     def key(self) -> tuple:
@@ -48,7 +52,13 @@ class Format:
             self.qmin,
             self.qmax,
             self.granularity,
+            self.offset,
         )
+
+    @property
+    def largest(self) -> float:
+        """The largest real number that it holds, anywhere."""
+        return float(np.max(self.scale * (self.qmax - self.zero_point))) + self.offset
 
     @property
     def is_wide(self) -> bool:
@@ -63,6 +73,29 @@ class Format:
         scale, zero = self.broadcast(list(np.shape(real)))
         codes = np.rint(np.asarray(real, np.float64) / scale) + zero
         return np.clip(codes, self.qmin, self.qmax).astype(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class CodebookFormat(Format):
+    """Integer levels of a codebook: only those in `values` occur.
+
+    ``integer = values[number of thresholds <= real]``; thresholds : float64 [M - 1], values : int [M], ascending.
+    """
+
+    thresholds: Array = field(default_factory=lambda: np.empty(0))
+    values: Array = field(default_factory=lambda: np.empty(0, np.int32))
+
+    @property
+    def key(self) -> tuple:
+        return (*super().key, self.thresholds.tobytes(), self.values.tobytes())
+
+    def encode(self, real: Array) -> Array:
+        return self.values[np.searchsorted(self.thresholds, real, side="right")].astype(self.dtype)
+
+    def index(self, power_of_two: bool) -> Format:
+        """Positions in a table over the range in which the levels differ."""
+        margin = (self.thresholds[-1] - self.thresholds[0]) / 64
+        return index_format(self.thresholds[0] - margin, self.thresholds[-1] + margin, power_of_two)
 
 
 def _along(value: Array, granularity: str, shape: list[int]) -> Array:
@@ -118,3 +151,25 @@ def codes_format(bits: int, scale: list[float], zero_point: list[int], granulari
     if values.size == 1:
         values, zero, granularity = values.reshape(()), zero.reshape(()), "tensor"
     return Format("int8", values, zero, -centre, centre - 1, granularity)
+
+
+def codebook_format(site: SiteQuantizer, where: str) -> CodebookFormat:
+    """The integer levels of a codebook quantizer as signed bytes; VitqError if they span more than a byte."""
+    codec = codec_of(site)
+    assert isinstance(codec, Codebook)  # by the caller's choice
+    thresholds, values = codec.integers(site)
+    if values[-1] - values[0] > 255:
+        raise VitqError(
+            "the levels of a codebook span more than a byte",
+            where=where,
+            got=f"{values[0]} to {values[-1]}",
+            expected="at most 255 apart",
+            fix=f'a smaller params["grid"], such as {GRID}',
+        )
+    zero_point = int(-128 - values[0])
+    shift = float(site.params.get("shift", 0.0))
+    scale = float(site.scale[0])
+    return CodebookFormat(
+        "int8", np.array(scale / site.params.get("grid", GRID)), np.array(zero_point, np.int32),
+        -128, int(values[-1]) + zero_point, "tensor", -shift, scale * thresholds - shift, values + zero_point,
+    )  # fmt: skip

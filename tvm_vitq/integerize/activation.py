@@ -69,7 +69,7 @@ def activation_input(kind: str, largest: float, out: Format, site: str, power_of
     low, high = max(-1.25 * largest, function.low), 1.25 * largest
     if function.high is None:
         arguments = np.linspace(0, high, 4096)
-        reached = function.formula(arguments) >= np.max(out.scale * (out.qmax - out.zero_point))
+        reached = function.formula(arguments) >= out.largest
         high = float(arguments[reached.argmax()]) if reached.any() else high
     else:
         high = min(high, function.high)
@@ -78,8 +78,16 @@ def activation_input(kind: str, largest: float, out: Format, site: str, power_of
 
 def activation_table(kind: str, x: Format, out: Format, site: str) -> Array:
     """``out.encode(f(x))`` for every index of x; f is evaluated in float64."""
-    arguments = float(x.scale) * (np.arange(2**INDEX_BITS) - int(x.zero_point))
-    return out.encode(scalar_function(kind, site).formula(arguments))
+    return out.encode(scalar_function(kind, site).formula(_arguments(x)))
+
+
+def codebook_table(x: Format, out: Format) -> Array:
+    """``out.encode(x)`` for every index of x."""
+    return out.encode(_arguments(x))
+
+
+def _arguments(x: Format) -> Array:
+    return float(x.scale) * (np.arange(2**INDEX_BITS) - int(x.zero_point))
 
 
 def sigmoid_table(scale: float, qmax: int) -> Array:

@@ -69,6 +69,8 @@ def linear_constants(
             where=site,
             fix="calibrate with a recipe that folds them (percentile does), or with granularity 'tensor'",
         )
+    if x.offset:
+        bias = bias + x.offset * (w.astype(np.float64) * scale / align).sum(1)
     out_scale = 1.0 if out is None else out.scale
     zero_point = np.zeros(1, np.int32) if out is None else np.atleast_1d(out.zero_point).astype(np.int32)
     if plain:
