@@ -79,7 +79,8 @@ class Format:
 class CodebookFormat(Format):
     """Integer levels of a codebook: only those in `values` occur.
 
-    ``integer = values[number of thresholds <= real]``; thresholds : float64 [M - 1], values : int [M], ascending.
+    ``integer = values[number of thresholds <= real]``; thresholds : float64 [M - 1], values : int [M], both
+    ascending.
     """
 
     thresholds: Array = field(default_factory=lambda: np.empty(0))
