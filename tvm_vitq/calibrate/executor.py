@@ -144,26 +144,60 @@ class Executor:
             raise VitqError(
                 "input of the wrong shape", got=tuple(images.shape), expected=("N", *self.input_shape[1:])
             )
-        count = images.shape[0]
+        return self._in_batches(images, self.input.name, self.steps, self.output, hooks, chunk)
+
+    def between(self, start: str, stop: str) -> list[Step]:
+        """The bindings that make variable `stop` of variable `start` and constants, in program order;
+        VitqError if that takes more.
+        """
+        wanted, steps = {stop}, []
+        for step in reversed(self.steps):
+            if step.name in wanted and step.name != start:
+                wanted |= {r.name for r in _references(step.arguments) if not r.constant}
+                steps.append(step)
+        if self.input.name in wanted and start != self.input.name:
+            raise VitqError("the result depends on more than the start", where=stop, got=start)
+        return steps[::-1]
+
+    def run_between(
+        self, start: str, stop: str, x: torch.Tensor, hooks: Hooks | None = None, chunk: int | None = None
+    ) -> torch.Tensor:
+        """Values [N, ...] of variable `stop` from those of `start`; in the graph both have the batch in front.
+
+        `hooks` and `chunk` as in `run`; differentiable in x.
+        """
+        steps = self.between(start, stop)
+        return self._in_batches(x, start, steps, Reference(stop, False), hooks, chunk)
+
+    def _in_batches(
+        self,
+        x: torch.Tensor,
+        start: str,
+        steps: list[Step],
+        result: Any,
+        hooks: Hooks | None,
+        chunk: int | None,
+    ) -> torch.Tensor:
+        count = len(x)
         if count % self.batch:
             fill = torch.arange(self.batch - count % self.batch) % count
-            images = torch.cat([images, images[fill]])
-        batches = images.reshape(-1, *self.input_shape)
+            x = torch.cat([x, x[fill]])
+        batches = x.unflatten(0, (-1, self.batch))
         at_once = len(batches) if chunk is None else max(1, chunk // self.batch)
-        parts = [self._run(part, hooks or Hooks()) for part in batches.split(at_once)]
-        return torch.cat(parts).flatten(0, 1)[:count]
+        parts = [self._run(part, start, steps, result, hooks or Hooks()) for part in batches.split(at_once)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(0, 1)[:count]
 
-    def _run(self, batches: torch.Tensor, hooks: Hooks) -> torch.Tensor:
-        values: dict[str, Any] = {self.input.name: hooks.value(self.input.name, batches)}
-        for step in self.steps:
+    def _run(self, batches: torch.Tensor, start: str, steps: list[Step], result: Any, hooks: Hooks) -> Any:
+        values: dict[str, Any] = {start: hooks.value(start, batches)}
+        for step in steps:
             arguments = [self._fetch(a, values) for a in step.arguments]
-            result = HANDLERS[step.op](hooks, step.layer, step.attributes, *arguments)
-            if isinstance(result, torch.Tensor):
-                result = hooks.value(step.name, result)
-            values[step.name] = result
+            outcome = HANDLERS[step.op](hooks, step.layer, step.attributes, *arguments)
+            if isinstance(outcome, torch.Tensor):
+                outcome = hooks.value(step.name, outcome)
+            values[step.name] = outcome
             for name in step.dead:
                 del values[name]
-        return self._fetch(self.output, values)
+        return self._fetch(result, values)
 
     def _fetch(self, argument: Any, values: dict[str, Any]) -> Any:
         if isinstance(argument, Reference):
