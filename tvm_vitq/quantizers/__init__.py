@@ -7,11 +7,36 @@ from __future__ import annotations
 
 from tvm_vitq.errors import VitqError, nearest
 from tvm_vitq.plan import SiteQuantizer
+from tvm_vitq.quantizers.adalog import AdaLog
 from tvm_vitq.quantizers.base import Codec
+from tvm_vitq.quantizers.lloyd_max import LloydMax
+from tvm_vitq.quantizers.log2 import Log2
+from tvm_vitq.quantizers.log_int_softmax import LogIntSoftmax
+from tvm_vitq.quantizers.log_sqrt2 import LogSqrt2
 from tvm_vitq.quantizers.row_maximum import RowMaximum
+from tvm_vitq.quantizers.shift_log2 import ShiftLog2
+from tvm_vitq.quantizers.shift_uniform_log2 import ShiftUniformLog2
+from tvm_vitq.quantizers.tangent import Tangent
+from tvm_vitq.quantizers.twin_uniform import TwinUniform
+from tvm_vitq.quantizers.twin_uniform_gelu import TwinUniformGelu
 from tvm_vitq.quantizers.uniform import Uniform
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Uniform(), RowMaximum())}
+ALL: tuple[Codec, ...] = (
+    Uniform(),
+    RowMaximum(),
+    Log2(),
+    LogIntSoftmax(),
+    LogSqrt2(),
+    AdaLog(),
+    ShiftLog2(),
+    ShiftUniformLog2(),
+    Tangent(),
+    TwinUniform(),
+    TwinUniformGelu(),
+    LloydMax(),
+)
+
+CODECS: dict[str, Codec] = {codec.name: codec for codec in ALL}
 
 
 def codec_of(site: SiteQuantizer) -> Codec:
