@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.numerics import SIGMOID_BITS, Output, Probabilities
+from tvm_vitq.numerics import Output
+from tvm_vitq.numerics_attention import SIGMOID_BITS, Probabilities
 from tvm_vitq.schedules import packing, tir
 from tvm_vitq.schedules.attention_body import AttentionBody
 from tvm_vitq.schedules.isa import Isa, Tile, isa
@@ -42,7 +43,7 @@ class View:
 
 @dataclass(frozen=True)
 class Attention:
-    """numerics.int_attention on q, k, v that are views of row-major matrices.
+    """numerics_attention.int_attention on q, k, v that are views of row-major matrices.
 
     isa : name of the instruction set.
     batch, heads, tq, tk, d, dv : q is [batch, heads, tq, d], k [.., tk, d], v [.., tk, dv].
@@ -142,7 +143,7 @@ class Attention:
         additive: tuple[Array, ...] = (),
         table: Array | None = None,
     ) -> list[Array]:
-        """The constants of numerics.int_attention as arguments; scalars are repeated for all heads."""
+        """The constants of int_attention as arguments; scalars are repeated for all heads."""
         zeros = np.empty((4, self.heads), np.int32)
         for row, value in zip(zeros, (zero_q, zero_k, zero_v, zero_point), strict=True):
             row[:] = value

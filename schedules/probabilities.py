@@ -1,11 +1,11 @@
-"""numerics.int_probabilities on the score tile of the attention kernel."""
+"""numerics_attention.int_probabilities on the score tile of the attention kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tvm_vitq.numerics import EXP2_COEFFICIENTS, SCORE_BITS, SIGMOID_BITS, SIGMOID_SHIFT
+from tvm_vitq.numerics_attention import EXP2_COEFFICIENTS, SCORE_BITS, SIGMOID_BITS, SIGMOID_SHIFT
 from tvm_vitq.schedules import tir
 from tvm_vitq.schedules.tir import LANES, TB, Expr
 
@@ -67,7 +67,7 @@ def _maximum(body: AttentionBody, r: Expr, highest: Expr) -> None:
 
 
 def _exponentials(body: AttentionBody, r: Expr, highest: Expr, factors: Expr) -> None:
-    """numerics.int_exp2 of a row, without its guard bits, and for softmax the factor that its sum (with them)
+    """int_exp2 of a row, without its guard bits, and for softmax the factor that its sum (with them)
     gives.
 
     The cubic runs in 16 bits, on 32 lanes: ``(f * x) >> SCORE_BITS`` is the high half of ``(f << 16 -

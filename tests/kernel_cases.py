@@ -6,6 +6,7 @@ import numpy as np
 from kernel_library import Case
 
 from tvm_vitq import numerics as nm
+from tvm_vitq import numerics_attention as na
 from tvm_vitq.integerize.attention import probabilities
 from tvm_vitq.numerics import Output, Partial
 from tvm_vitq.schedules.attention import Attention, View
@@ -137,5 +138,5 @@ def attention_case(
     # Windows follow each other: image i takes term i % nb.
     full = tuple(np.tile(t, (b // t.shape[0], 1, 1, 1)) for t in terms)
     names = dict(zip(("zero_q", "zero_k", "zero_v"), zeros, strict=True))
-    o = nm.int_attention(q, k, v, score, multiplier, full, **names, zero_point=3, probs=probs, out=out)
+    o = na.int_attention(q, k, v, score, multiplier, full, **names, zero_point=3, probs=probs, out=out)
     return Case(name, spec, sources, arrays, o.transpose(0, 2, 1, 3).reshape(b * tq, h * dv))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     ("errors",),
-    ("settings", "files", "numerics", "cpu", "ffi", "linker", "deploy", "tuning_logs"),
+    ("settings", "files", "numerics", "numerics_attention", "cpu", "ffi", "linker", "deploy", "tuning_logs"),
     ("plan", "formats", "quantizers", "site_rules", "target_text", "targets", "library_format", "render"),
     ("ops", "graph", "units", "macs", "integerize", "schedules", "reference", "refmodels"),
     ("relax_passes",),

@@ -10,7 +10,8 @@ from kernel_cases import WIDE, attention_case
 from kernel_runs import ISAS, check
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.numerics import Output, Probabilities
+from tvm_vitq.numerics import Output
+from tvm_vitq.numerics_attention import Probabilities
 
 SHAPES = {
     # name: (batch, heads, tq, tk, d, dv), options

@@ -1,4 +1,4 @@
-"""Finds EXP2_COEFFICIENTS of tvm_vitq/numerics.py: the cubic for 2**-f, 0 <= f < 1, in its integer
+"""Finds EXP2_COEFFICIENTS of tvm_vitq/numerics_attention.py: the cubic for 2**-f, 0 <= f < 1, in its integer
 arithmetic.
 
 python tools/fit_exp2.py prints the coefficients and their largest relative error.
@@ -10,7 +10,7 @@ from itertools import product
 
 import numpy as np
 
-from tvm_vitq.numerics import EXP_BITS, SCORE_BITS
+from tvm_vitq.numerics_attention import EXP_BITS, SCORE_BITS
 
 FRACTIONS = np.arange(2**SCORE_BITS)
 EXACT = 2.0 ** (EXP_BITS - FRACTIONS / 2**SCORE_BITS)

@@ -28,28 +28,12 @@ WIDE_MAX = 2**24 - 1
 INDEX_BITS = 12
 """log2 of the number of entries of a function table."""
 
-SCORE_BITS = 12
-"""Fraction bits of attention scores, which are kept in base 2: score * log2(e) * 2**SCORE_BITS."""
-
-EXP_BITS = 15
-"""Fraction bits of the integer exponential; 2**-0 is exactly 2**EXP_BITS."""
-
 NORM_BITS = 12
 """Fraction bits of a normalized LayerNorm value (x - mean) / std."""
 
 NORM_MAX = 2**17 - 1
 """Largest normalized LayerNorm value: 32 standard deviations, which no row of up to 1025 channels can
 exceed.
-"""
-
-SIGMOID_BITS = 14
-"""log2 of the number of entries of the sigmoid-attention table, which covers base-2 scores from -16 to 16."""
-
-EXP2_COEFFICIENTS = (32768, 22660, 7565, 1291)
-"""Cubic c0 - f*(c1 - f*(c2 - f*c3)), 0 <= f < 1, for 2**(EXP_BITS - f).
-
-``c0 = 2**EXP_BITS`` keeps 2**-0 exact; c1..c3 minimize the largest relative error over the 2**SCORE_BITS
-fractions in this integer arithmetic, 1.27e-4 (docs/numerics.md).
 """
 
 
@@ -273,110 +257,3 @@ def int_layer_norm(x: Array, gain: Array, offset: Array, *, shift: int, epsilon:
     limit = np.float32(NORM_MAX)
     n = np.rint(np.clip(d.astype(np.float32) * r, -limit, limit)).astype(np.int32)
     return np.clip((n * gain + offset) >> shift, out.qmin, out.qmax).astype(out.dtype)
-
-
-def exp2_guard_bits(terms: int) -> int:
-    """Extra fraction bits of the exponentials in a sum of `terms`, as many as int32 has room for, at most 8.
-
-    Cutting off each exponential makes the sum too small by at most ``terms * 2**-(EXP_BITS + guard)``.
-    """
-    return min(8, 31 - EXP_BITS - terms.bit_length())
-
-
-def int_exp2(d: Array, guard: int) -> Array:
-    """``2**-(d / 2**SCORE_BITS)`` in 2**-(EXP_BITS + guard), int32 d >= 0: a cubic in the fraction, then a
-    shift.
-    """
-    c0, c1, c2, c3 = EXP2_COEFFICIENTS
-    f = d & (2**SCORE_BITS - 1)
-    e = c2 - ((f * c3) >> SCORE_BITS)
-    e = c1 - ((f * e) >> SCORE_BITS)
-    e = c0 - ((f * e) >> SCORE_BITS)
-    return (e << guard) >> np.minimum(d >> SCORE_BITS, 31)
-
-
-@dataclass(frozen=True)
-class Probabilities:
-    """Quantizer of attention probabilities inside the attention operator.
-
-    softmax: ``F = numerator // (sum(e) >> guard)``; ``p = min(((e >> guard) * F + 2**(shift-1)) >> shift,
-    qmax)``, numerator = round(2**shift / scale), e in 2**-(EXP_BITS + guard)
-    row_maximum: ``p = (e * qmax * 2**(shift-EXP_BITS) + 2**(shift-1)) >> shift``, e in 2**-EXP_BITS: the
-    largest code of every row is qmax, and the result of attention is divided by the row's ``sum(p)``
-    sigmoid: ``p = table[clip((t + 2**(s-1)) >> s, +-2**13) + 2**13]``, table : uint8 [2**SIGMOID_BITS]
-    """
-
-    kind: str
-    qmax: int
-    numerator: int = 0
-    shift: int = 0
-    guard: int = 0
-    table: Array | None = None
-
-    @property
-    def factor(self) -> int:
-        """What row_maximum multiplies exponentials with; the products stay below 2**31."""
-        return self.qmax << (self.shift - EXP_BITS)
-
-
-SIGMOID_SHIFT = SCORE_BITS + 5 - SIGMOID_BITS
-
-
-def int_probabilities(t: Array, probs: Probabilities) -> Array:
-    """uint8 codes of softmax or sigmoid of base-2 scores t (int32, 2**-SCORE_BITS), over the last axis."""
-    if probs.kind == "row_maximum":
-        e = int_exp2(t.max(-1, keepdims=True) - t, 0)
-        return ((e * probs.factor + (1 << (probs.shift - 1))) >> probs.shift).astype(np.uint8)
-    if probs.kind == "softmax":
-        e = int_exp2(t.max(-1, keepdims=True) - t, probs.guard)
-        factor = probs.numerator // (e.sum(-1, keepdims=True, dtype=np.int32) >> probs.guard)
-        p = ((e >> probs.guard) * factor + (1 << (probs.shift - 1))) >> probs.shift
-        return np.minimum(p, probs.qmax).astype(np.uint8)
-    assert probs.table is not None  # by construction in realize
-    half = 2 ** (SIGMOID_BITS - 1)
-    index = np.clip((t + (1 << (SIGMOID_SHIFT - 1))) >> SIGMOID_SHIFT, -half, half - 1) + half
-    return probs.table[index]
-
-
-def int_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    score_multiplier: Array,
-    multiplier: Array,
-    additive: tuple[Array, ...],
-    *,
-    zero_q: Array,
-    zero_k: Array,
-    zero_v: Array,
-    zero_point: Array | int,
-    probs: Probabilities,
-    out: Output,
-) -> Array:
-    """Attention on codes, one head at a time in the kernels, all at once here.
-
-    q : int8 [B, H, Tq, D];  k : int8 [B, H, Tk, D];  v : int8 [B, H, Tk, Dv];  zero_q, zero_k, zero_v : int32
-    [H] ``t = round(float32((q - zero_q) @ (k - zero_k).T) * score_multiplier[h]) + sum(additive)``, int32
-    base-2 scores ``p = int_probabilities(t)``;  ``o = p @ (v - zero_v)``;  result requantize(o,
-    multiplier[h]) : [B, H, Tq, Dv]; with probabilities of kind row_maximum the multiplier of a row is the
-    float32 quotient ``multiplier[h] / float32(sum(p))``.
-    score_multiplier, multiplier : float32 [H]. additive : int32, broadcastable to [B, H, Tq, Tk], base-2
-        scores.
-    """
-    per_head = (slice(None), None, None)
-    zq, zk, zv = (np.asarray(z, np.int32)[per_head] for z in (zero_q, zero_k, zero_v))
-    acc = integer_matmul(q, k.swapaxes(-1, -2))
-    row = q.astype(np.int32).sum(-1, keepdims=True)
-    column = k.astype(np.int32).sum(-1)[..., None, :]
-    acc = acc - zq * column - zk * row + q.shape[-1] * zq * zk
-    t = round_multiply(acc, score_multiplier[per_head])
-    for term in additive:
-        t = t + term
-    p = int_probabilities(t, probs)
-    p_sum = p.astype(np.int32).sum(-1, keepdims=True)
-    o = integer_matmul(p, v) - zv * p_sum
-    zero = np.asarray(zero_point, np.int32)
-    scale = np.asarray(multiplier, np.float32)[per_head]
-    if probs.kind == "row_maximum":
-        scale = scale / p_sum.astype(np.float32)
-    return requantize(o, scale, zero[per_head] if zero.ndim else zero, out)

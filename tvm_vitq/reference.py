@@ -12,7 +12,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from tvm_vitq import numerics
+from tvm_vitq import numerics, numerics_attention
 from tvm_vitq.errors import VitqError
 from tvm_vitq.graph import Dataflow, data_operands, is_constant, is_movement, movement, value_of
 from tvm_vitq.numerics import Array, Output, Partial
@@ -47,7 +47,7 @@ def _attention(a: Attributes, q: Array, k: Array, v: Array, *rest: Array) -> Arr
     probs = probabilities_of(a)
     if probs.kind == "sigmoid":
         probs = dataclasses.replace(probs, table=additive.pop(0))
-    return numerics.int_attention(
+    return numerics_attention.int_attention(
         q, k, v, score, multiplier, tuple(additive), zero_q=zero_q, zero_k=zero_k, zero_v=zero_v,
         zero_point=a["zero_point"], probs=probs, out=_output(a),
     )  # fmt: skip

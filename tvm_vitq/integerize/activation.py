@@ -10,7 +10,8 @@ import numpy as np
 
 from tvm_vitq.errors import VitqError, nearest
 from tvm_vitq.formats import Format, index_format
-from tvm_vitq.numerics import INDEX_BITS, SIGMOID_BITS, Array
+from tvm_vitq.numerics import INDEX_BITS, Array
+from tvm_vitq.numerics_attention import SIGMOID_BITS
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 

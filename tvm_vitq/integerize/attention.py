@@ -11,7 +11,8 @@ from tvm_vitq.errors import VitqError
 from tvm_vitq.formats import Format
 from tvm_vitq.integerize.activation import sigmoid_table
 from tvm_vitq.integerize.headroom import INT32_MAX, require
-from tvm_vitq.numerics import EXP_BITS, SCORE_BITS, Array, Probabilities, exp2_guard_bits
+from tvm_vitq.numerics import Array
+from tvm_vitq.numerics_attention import EXP_BITS, SCORE_BITS, Probabilities, exp2_guard_bits
 
 ADDITIVE_MAX = 2**26
 """Limit of additive scores: as base-2 exponents +-2**14, beyond which a probability is 0 anyway."""
@@ -22,7 +23,7 @@ ROW_KEYS = 8192
 
 @dataclass(frozen=True)
 class AttentionConstants:
-    """Operands of numerics.int_attention; arrays are over the heads."""
+    """Operands of numerics_attention.int_attention; arrays are over the heads."""
 
     score_multiplier: Array
     multiplier: Array
