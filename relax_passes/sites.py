@@ -18,7 +18,8 @@ OPERANDS = {"vitq.linear": ("input", "weight"), "vitq.attention": ("q", "k", "v"
 @dataclass(frozen=True)
 class Site:
     """One operand of one matmul: `name` is "<layer>.<role>", `variable` the tensor it reads (None for
-    constants); `kind` of probabilities is "softmax" or "sigmoid".
+    constants); `kind` of probabilities is "softmax" or "sigmoid", of an
+    input the scalar function that it is the result of, if any.
     """
 
     name: str
@@ -65,7 +66,8 @@ def list_sites(mod: tvm.IRModule) -> list[Site]:
             name = operand.name if isinstance(operand, relax.Var) else None
             if name is not None and op_name(behind.get(name)) == "vitq.quantize":
                 name = behind[name].args[0].name
-            sites.append(Site(f"{layer}.{role}", layer, role, name, tuple(shape_of(operand))))
+            kind_of = attrs(behind[name])["kind"] if op_name(behind.get(name)) == "vitq.activation" else ""
+            sites.append(Site(f"{layer}.{role}", layer, role, name, tuple(shape_of(operand)), kind_of))
         if kind == "vitq.attention":
             q, k = shape_of(call.args[0]), shape_of(call.args[1])
             sites.append(Site(f"{layer}.probs", layer, "probs", None, (*q[:3], k[2]), attrs(call)["kind"]))

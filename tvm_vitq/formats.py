@@ -168,9 +168,9 @@ def codebook_format(site: SiteQuantizer, where: str) -> CodebookFormat:
             fix=f'a smaller params["grid"], such as {GRID}',
         )
     zero_point = int(-128 - values[0])
-    shift = float(site.params.get("shift", 0.0))
+    grid, shift = codec.grid_and_shift(site)
     scale = float(site.scale[0])
     return CodebookFormat(
-        "int8", np.array(scale / site.params.get("grid", GRID)), np.array(zero_point, np.int32),
+        "int8", np.array(scale / grid), np.array(zero_point, np.int32),
         -128, int(values[-1]) + zero_point, "tensor", -shift, scale * thresholds - shift, values + zero_point,
     )  # fmt: skip

@@ -6,6 +6,8 @@ import numpy as np
 
 from tvm_vitq.calibrate.job import Job
 from tvm_vitq.plan import SiteQuantizer
+from tvm_vitq.quantizers import codec_of
+from tvm_vitq.quantizers.codebook import Codebook
 
 
 def to_powers_of_two(job: Job) -> None:
@@ -17,6 +19,12 @@ def to_powers_of_two(job: Job) -> None:
     """
     for name, quantizer in job.quantizers.items():
         if quantizer.dynamic:
+            continue
+        codec = codec_of(quantizer)
+        if isinstance(codec, Codebook):
+            grid, _ = codec.grid_and_shift(quantizer)
+            step = float(np.exp2(np.ceil(np.log2(quantizer.scale[0] / grid) - 1e-9)))
+            job.quantizers[name] = codec.with_step(quantizer, step)
             continue
         scale = np.array(quantizer.scale, np.float64)
         rounded = np.exp2(np.ceil(np.log2(scale) - 1e-9))

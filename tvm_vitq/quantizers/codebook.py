@@ -6,7 +6,7 @@ import functools
 import json
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -95,6 +95,10 @@ class Codebook(Codec):
                 got=shift,
             )
         return grid, shift
+
+    def with_step(self, site: SiteQuantizer, step: float) -> SiteQuantizer:
+        """The quantizer nearest to that of `site` whose values count in units of `step`."""
+        return replace(site, scale=[step * self.grid_and_shift(site)[0]])
 
     def table(self, site: SiteQuantizer, scale: float | Array) -> tuple[Array, Array]:
         """The step function of x with this scale: float32 edges [..., M - 1] and results [..., M].

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from tvm_vitq.errors import VitqError, nearest
+from tvm_vitq.recipes.auto import Auto
 from tvm_vitq.recipes.base import Recipe
 from tvm_vitq.recipes.minmax import MinMax
 from tvm_vitq.recipes.mse import MeanSquaredError
 from tvm_vitq.recipes.percentile import Percentile
 
-RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (MinMax, MeanSquaredError, Percentile)}
+ALL: tuple[type[Recipe], ...] = (
+    MinMax,
+    MeanSquaredError,
+    Percentile,
+    Auto,
+)
+
+RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in ALL}
 
 DEFAULT = Percentile.name
 

@@ -36,15 +36,6 @@ class Percentile(Recipe):
     fold: bool = True
 
     def fit(self, job: Job) -> None:
-        from tvm_vitq.calibrate import fit, searches
-        from tvm_vitq.calibrate.reparameterize import find_folds, fold_layer_norms, observe_with_folds
+        from tvm_vitq.calibrate.frame import percentile_frame
 
-        widest = searches.percentile((max(self.percentiles),))
-        rule = searches.by_bits(searches.percentile(self.percentiles), searches.whole(widest))
-        folds = find_folds(job) if self.fold else []
-        views = fit.activation_views(job) | fit.probability_views(job)
-        summaries = observe_with_folds(job, folds, views, 1.0 - min(self.percentiles))
-        fold_layer_norms(job, folds, summaries, searches.by_bits(rule, searches.unseen(searches.minmax)))
-        fit.fit_activations(job, summaries, rule)
-        fit.fit_probabilities(job, summaries, searches.by_bits(rule, searches.minmax))
-        fit.fit_weights(job, searches.by_bits(searches.mse(), searches.minmax))
+        percentile_frame(job, self.percentiles, self.fold)
