@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_TEXT = re.compile(
+    r"(.*?)(?:\n  where: (.*?))?(?:\n  got: (.*?))?(?:\n  expected: (.*?))?(?:\n  fix: (.*))?", re.DOTALL
+)
 
 
 class VitqError(Exception):
@@ -11,7 +16,8 @@ class VitqError(Exception):
 
     Parameters
     ----------
-    what : what is wrong, one sentence.
+    what : what is wrong, one sentence; or, alone, the whole text of such an error, which is taken apart: C++
+        and pickle carry nothing but the text.
     where : the place in the user's terms: the model's own layer name, a file, an argument.
     got, expected : the offending value and what would have been accepted.
     fix : what to do about it.
@@ -26,6 +32,8 @@ class VitqError(Exception):
         expected: object = None,
         fix: str | None = None,
     ) -> None:
+        if where is got is expected is fix is None and (text := _TEXT.fullmatch(what)):
+            what, where, got, expected, fix = text.groups()
         self.what, self.where, self.got, self.expected, self.fix = what, where, got, expected, fix
         parts = [what]
         for label, value in (("where", where), ("got", got), ("expected", expected), ("fix", fix)):
@@ -36,4 +44,4 @@ class VitqError(Exception):
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names most like `name`, as text for an error message; empty if none is close."""
-    return ", ".join(difflib.get_close_matches(name, list(known), n=count, cutoff=0.5))
+    return ", ".join(difflib.get_close_matches(name, list(known), n=count, cutoff=0.6))

@@ -42,7 +42,18 @@ def runtime() -> ModuleType:
             _loaded.extend(
                 ctypes.CDLL(str(folder / f"lib{name}.so"), ctypes.RTLD_GLOBAL) for name in RUNTIME_LIBRARIES
             )
+            carry_errors()
     return tvm_ffi
+
+
+def carry_errors() -> None:
+    """Lets VitqError and KeyboardInterrupt pass through C++: what a pass, a type inference or an instrument
+    raises arrives as itself at whoever called TVM, where it would be a RuntimeError otherwise.
+    """
+    from tvm_ffi import register_error
+
+    for error in (VitqError, KeyboardInterrupt):
+        register_error(error)
 
 
 def library_folder() -> Path:

@@ -14,10 +14,13 @@ import tvm
 from tvm import relax
 from tvm.ir.op import Op, register_op_attr
 
+from tvm_vitq import ffi
 from tvm_vitq.errors import VitqError
-from tvm_vitq.numerics_attention import Probabilities
+from tvm_vitq.numerics import Probabilities
 
 Shape = list[int]
+
+ffi.carry_errors()
 
 
 def shape_of(expr: relax.Expr) -> Shape:
@@ -148,8 +151,10 @@ def _converted(node: relax.Call) -> tuple[Shape, str]:
 
 def _binary(node: relax.Call) -> tuple[Shape, str]:
     a, b = shape_of(node.args[0]), shape_of(node.args[1])
-    out = [max(x, y) for x, y in zip(a, [1] * (len(a) - len(b)) + b, strict=True)]
-    return out, attrs(node)["out_dtype"]
+    rank = max(len(a), len(b))
+    a, b = ([1] * (rank - len(shape)) + shape for shape in (a, b))
+    _need(all(x == y or 1 in (x, y) for x, y in zip(a, b, strict=True)), node, "shapes that broadcast")
+    return [max(x, y) for x, y in zip(a, b, strict=True)], attrs(node)["out_dtype"]
 
 
 # Canonical float operators
