@@ -16,7 +16,7 @@ from tvm.ir.op import Op, register_op_attr
 
 from tvm_vitq import ffi
 from tvm_vitq.errors import VitqError
-from tvm_vitq.numerics import Probabilities
+from tvm_vitq.numerics_attention import Probabilities
 
 Shape = list[int]
 
