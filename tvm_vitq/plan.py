@@ -12,6 +12,8 @@ import hashlib
 import json
 import math
 import os
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +86,8 @@ class SiteQuantizer:
     def check(self, where: str) -> None:
         """VitqError naming `where` if a field is outside its range."""
         check_bits(self.bits, where)
+        if self.group_size is not None and self.group_size < 1:
+            raise VitqError("group_size must be 1 or more", where=where, got=self.group_size)
         if self.granularity not in GRANULARITIES:
             raise VitqError(
                 "unknown granularity", where=where, got=self.granularity, expected=", ".join(GRANULARITIES)
@@ -181,23 +185,29 @@ class QuantPlan:
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def check(self, sites: Iterable[str] | None = None) -> None:
-        """Validate all fields and, if `sites` is given, that plan and model name the same sites."""
+    def check(self, sites: Iterable[str] | None = None, where: object = "plan") -> None:
+        """Validate all fields and, if `sites` is given, that plan and model name the same sites; `where` is
+        the plan's file.
+        """
         if self.requantize not in REQUANTIZE_KINDS:
             raise VitqError(
                 "unknown requantization",
-                where="requantize",
+                where=f"{where}: requantize",
                 got=self.requantize,
                 expected=" or ".join(REQUANTIZE_KINDS),
             )
         for name, site in self.sites.items():
-            site.check(name)
+            site.check(f"{where}: {name}")
         for alias, owner in self.aliases.items():
             if owner not in self.sites:
-                raise VitqError("alias of a site that the plan does not have", where=alias, got=owner)
+                raise VitqError(
+                    "alias of a site that the plan does not have", where=f"{where}: {alias}", got=owner
+                )
         for name, value in self.ranges.items():
             if not (math.isfinite(value) and value >= 0):
-                raise VitqError("a range must be finite and not negative", where=name, got=value)
+                raise VitqError(
+                    "a range must be finite and not negative", where=f"{where}: {name}", got=value
+                )
         if sites is not None:
             self._check_names(set(sites))
 
@@ -262,7 +272,7 @@ class QuantPlan:
             _check_keys(fields["calibration"], Calibration, f"{where}: calibration")
             fields["calibration"] = Calibration(**fields["calibration"])
         plan = cls(**fields)
-        plan.check()
+        plan.check(where=where)
         return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -277,8 +287,12 @@ class QuantPlan:
         source = Path(path)
         try:
             text = source.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise VitqError("could not read the plan", where=source, got=error) from error
+        except OSError as error:
+            raise VitqError(
+                "could not read the plan", where=source, got=error.strerror, fix="check the path"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise VitqError("not a quantization plan", where=source, got=error, expected="JSON") from error
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -312,25 +326,44 @@ def _site_from_dict(data: Any, where: str) -> SiteQuantizer:
             **{
                 **data,
                 "scale": [float(v) for v in data["scale"]],
-                "zero_point": [_whole(v, where) for v in data["zero_point"]],
             }
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise VitqError("incomplete or malformed site", where=where, got=repr(error)) from error
-
-
-def _whole(value: Any, where: str) -> int:
-    if isinstance(value, bool) or int(value) != value:
-        raise VitqError("a zero point must be whole", where=where, got=value)
-    return int(value)
+    except (KeyError, TypeError) as error:
+        raise VitqError(
+            "incomplete site", where=where, got=", ".join(data), expected="bits, scale and zero_point"
+        ) from error
 
 
 def _check_keys(data: Any, of: type, where: object) -> None:
     if not isinstance(data, Mapping):
         raise VitqError("must be a JSON object", where=where, got=type(data).__name__)
-    known = [item.name for item in dataclasses.fields(of)]
-    for key in data:
-        if key not in known:
+    hints = typing.get_type_hints(of)
+    for key, value in data.items():
+        if key not in hints:
             raise VitqError(
-                "unknown key", where=f"{where}: {key}", expected=nearest(key, known) or ", ".join(known)
+                "unknown key", where=f"{where}: {key}", expected=nearest(key, hints) or ", ".join(hints)
             )
+        if key not in ("sites", "calibration") and not _fits(value, hints[key]):
+            text = json.dumps(value, default=repr)
+            raise VitqError(
+                "value of the wrong type",
+                where=f"{where}: {key}",
+                got=text if len(text) <= 80 else text[:77] + "...",
+                expected=of.__annotations__[key],
+            )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether plain data have the type that a field's annotation asks for."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if hint is Any:
+        return True
+    if kind is types.UnionType:
+        return any(_fits(value, one) for one in inner)
+    if kind is list:
+        return isinstance(value, list) and all(_fits(v, inner[0]) for v in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_fits(v, inner[1]) for v in value.values())
+    if kind is float and isinstance(value, int):
+        return not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
