@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -128,6 +129,7 @@ def test_benchmark(exported):
         (np.zeros((1, 3, 8, 8), "uint8"), "dtype"),
         (np.full((1, 3, 8, 8), np.nan, "float32"), "NaN"),
         (np.full((1, 3, 8, 8), np.inf, "float32"), "infinity"),
+        (np.zeros((1, 3, 8, 8), ">f4"), "dtype"),
         ([[0.0]], "wrong type"),
         (None, "wrong type"),
     ],
@@ -148,6 +150,9 @@ def test_torch_input(exported, images, expected):
     torch = pytest.importorskip("torch")
     library = load_library(exported)
     np.testing.assert_array_equal(library(torch.from_numpy(images).requires_grad_()), expected)
+    for bad in (torch.zeros(images.shape, dtype=torch.bfloat16), torch.zeros(images.shape, device="meta")):
+        with pytest.raises(VitqError, match=r"cannot be read[\s\S]*x\.float"):
+            library(bad)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 40, 1000, -1, -40])
@@ -184,6 +189,16 @@ def test_other_format_version(copy):
     elf, text, checksum, version, magic = library_format.TRAILER.unpack(data[-32:])
     copy.write_bytes(data[:-32] + library_format.TRAILER.pack(elf, text, checksum, version + 1, magic))
     with pytest.raises(VitqError, match="another version"):
+        load_library(copy)
+
+
+@pytest.mark.parametrize("text", [b"text", b"[]", b"{}", b'{"target": {}, "input_shape": []}'])
+def test_malformed_metadata(copy, text):
+    data = copy.read_bytes()
+    elf, _, _, version, magic = library_format.TRAILER.unpack(data[-32:])
+    body = data[:elf] + text
+    copy.write_bytes(body + library_format.TRAILER.pack(elf, len(text), zlib.crc32(body), version, magic))
+    with pytest.raises(VitqError, match=r"malformed metadata[\s\S]*copy\.so[\s\S]*again"):
         load_library(copy)
 
 

@@ -138,7 +138,12 @@ def _read(file: Path, stream: BinaryIO) -> LibraryInfo:
             "library is damaged: its checksum is wrong", where=file, fix="copy it again, or " + _REBUILD
         )
     stream.seek(elf_bytes)
-    return LibraryInfo.from_json(json.loads(stream.read(json_bytes)))
+    try:
+        return LibraryInfo.from_json(json.loads(stream.read(json_bytes)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VitqError(
+            "library has malformed metadata", where=file, got=f"{type(error).__name__}: {error}", fix=_REBUILD
+        ) from error
 
 
 def _check_elf(file: Path, header: bytes, size: int) -> None:

@@ -74,16 +74,18 @@ class QuantizedModel:
 
         Raises
         ------
-        VitqError : wrong shape or dtype, or a model with float operators.
+        VitqError : wrong shape or dtype, NaN or infinity, or a model with float operators.
         """
-        images = np.asarray(x)
-        if images.dtype != np.float32 or images.shape[1:] != self.input_shape[1:]:
+        images = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+        if images.dtype != np.float32 or images.shape[1:] != self.input_shape[1:] or not len(images):
             raise VitqError(
                 "wrong input",
                 where="reference",
                 got=f"{images.dtype} {images.shape}",
                 expected=f"float32 (n, {', '.join(map(str, self.input_shape[1:]))})",
             )
+        if not np.isfinite(images).all():
+            raise VitqError("input has NaN or infinity", where="reference", expected="finite images")
         batch = self.input_shape[0]
         padded = np.concatenate([images, np.zeros((-len(images) % batch, *images.shape[1:]), np.float32)])
         parts = [self._program(padded[i : i + batch]) for i in range(0, len(padded), batch)]
@@ -118,7 +120,7 @@ class QuantizedModel:
             )
         try:
             with zipfile.ZipFile(file) as archive:
-                header = json.loads(archive.read("header.json"))
+                header = dict(json.loads(archive.read("header.json")))
                 if header.get("format") != FORMAT or header.get("format_version") != FORMAT_VERSION:
                     raise VitqError(
                         "not a quantized model of this version",
@@ -128,12 +130,16 @@ class QuantizedModel:
                         fix="quantize the model anew with this version of tvm-vitq",
                     )
                 plan = QuantPlan.from_dict(json.loads(archive.read("plan.json")), f"{file}: plan.json")
-                graph = archive.read("graph.json").decode()
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
+                mod = tvm.ir.load_json(archive.read("graph.json").decode())
+                mod["main"]
+        except VitqError:
+            raise
+        except Exception as error:  # zipfile, json and TVM raise many types for damaged content
+            reason = error.args[0] if isinstance(error, KeyError) and error.args else error
             raise VitqError(
                 "the file is truncated, damaged or not a quantized model",
                 where=file,
-                got=error,
+                got=str(reason).split("\n")[0],
                 fix="write it again with QuantizedModel.save or `vitq quantize`",
             ) from error
-        return cls(tvm.ir.load_json(graph), plan)
+        return cls(mod, plan)

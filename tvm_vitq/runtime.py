@@ -26,6 +26,11 @@ from tvm_vitq.library_format import LibraryInfo
 ALIGNMENT = 64
 """Bytes: TVM's vector loads assume it of every tensor (kAllocAlignment), NumPy promises only 16."""
 
+CODE_BYTES = 8 << 20
+"""More than the code of any model takes while it is linked."""
+
+_ELSEWHERE = "free some space, or set TMPDIR to another folder"
+
 _CPU, _POOLED = 1, 2  # kDLCPU; AllocatorType::kPooled
 
 
@@ -212,6 +217,21 @@ class Library:
             shutil.copyfile(source, part)
         return target
 
+    def _check_room(self, folder: str) -> None:
+        """LLVM ends the process when it cannot write an object file, so the room is checked before: for
+        objects, bare library and library.
+        """
+        need = 3 * int(self.report.get("weight_bytes", 0)) + CODE_BYTES
+        free = shutil.disk_usage(folder).free
+        if free < need:
+            raise VitqError(
+                "too little space in the folder for temporary files",
+                where=folder,
+                got=f"{free} bytes",
+                expected=f"{need} bytes",
+                fix=_ELSEWHERE,
+            )
+
     def __repr__(self) -> str:
         return f"<Library {self.info.model} {self.info.input_shape} for {self.info.target.key}>"
 
@@ -224,9 +244,18 @@ class Library:
 
     def _checked_input(self, x: Any) -> np.ndarray:
         """`x` as a contiguous, aligned float32 array of the library's shape."""
-        if hasattr(x, "detach") and hasattr(x, "cpu"):  # torch, which need not be installed
-            x = x.detach().cpu().numpy()
         expected = f"float32 {self.info.input_shape}"
+        if hasattr(x, "detach") and hasattr(x, "cpu"):  # torch, which need not be installed
+            try:
+                x = x.detach().cpu().numpy()
+            except (TypeError, RuntimeError) as error:  # bfloat16, meta tensors
+                raise VitqError(
+                    "input cannot be read as an array",
+                    where="input",
+                    got=error,
+                    expected=expected,
+                    fix="convert the tensor: x.float()",
+                ) from error
         if not isinstance(x, np.ndarray):
             raise VitqError(
                 "input has the wrong type",
@@ -254,13 +283,20 @@ class Library:
         np.copyto(aligned, x)
         if not np.isfinite(aligned).all():
             bad = int(np.size(aligned) - np.isfinite(aligned).sum())
-            raise VitqError("input has NaN or infinity", where="input", got=f"{bad} such values")
+            raise VitqError(
+                "input has NaN or infinity",
+                where="input",
+                got=f"{bad} such values",
+                expected=expected,
+                fix="check how the images are read and normalized",
+            )
         return aligned
 
     def _linked(self) -> Path:
         """The library's file, linked now if it was not yet."""
         if self._file is None:
             try:
+                self._check_room(tempfile.gettempdir())
                 folder = Path(tempfile.mkdtemp(prefix="tvm-vitq-"))
                 # A finalizer rather than __del__: it also runs when the interpreter exits.
                 weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
@@ -270,9 +306,9 @@ class Library:
             except OSError as error:
                 raise VitqError(
                     "cannot link the library in the folder for temporary files",
-                    where=tempfile.gettempdir(),
+                    where=tempfile.tempdir,
                     got=error.strerror,
-                    fix="free some space, or set TMPDIR to another folder",
+                    fix=_ELSEWHERE,
                 ) from error
             self._file = folder / "library.so"
         return self._file
