@@ -431,6 +431,7 @@ def test_folder(tmp_path):
     [
         (np.zeros((2, *SHAPE), np.uint8), "normaliz"),
         (np.zeros((2, *SHAPE), np.float64), "float64"),
+        (np.zeros((2, *SHAPE), np.int64), "int64"),
         (np.zeros((2, 16, 16, 3), np.float32), "shape"),
         (np.zeros(SHAPE, np.float32), "shape"),
         (np.zeros((0, *SHAPE), np.float32), "no calibration images"),

@@ -23,6 +23,8 @@ SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", 
 
 FORM = "float32 (N, 3, H, W), already normalized"
 
+ENOUGH = "32 to 128 images"
+
 
 @dataclass
 class Images:
@@ -92,7 +94,7 @@ def _from_loader(loader: Iterable[Any], shape: tuple[int, ...], limit: int) -> I
         if count >= limit:
             break
     if not count:
-        raise VitqError("no calibration images", where="calibration", got="an empty loader")
+        raise VitqError("no calibration images", where="calibration", got="an empty loader", expected=ENOUGH)
     return Images(torch.cat(parts)[:limit], f"loader: first {min(count, limit)} images", [])
 
 
@@ -107,21 +109,34 @@ def _checked(batch: Any, shape: tuple[int, ...], where: str) -> torch.Tensor:
             fix="divide by 255, subtract the mean and divide by the std of the model's preprocessing",
         )
     if kind != "float32":
-        raise VitqError("calibration images of the wrong type", where=where, got=kind, expected=FORM)
+        raise VitqError(
+            "calibration images of the wrong type",
+            where=where,
+            got=kind,
+            expected=FORM,
+            fix="normalize the images as the model's preprocessing does, then convert them to float32",
+        )
     if batch.ndim != 4 or tuple(batch.shape[1:]) != shape:
         raise VitqError(
             "calibration images of the wrong shape",
             where=where,
             got=tuple(batch.shape),
-            expected=("N", *shape),
+            expected=f"(N, {', '.join(map(str, shape))})",
+            fix="resize and crop the images, channels first; or give a folder of images, which is prepared",
         )
     if not len(batch):
-        raise VitqError("no calibration images", where=where, got=tuple(batch.shape))
+        raise VitqError("no calibration images", where=where, got=tuple(batch.shape), expected=ENOUGH)
+    if isinstance(batch, np.ndarray):
+        # torch takes no negative strides, and warns of read-only memory
+        batch = np.require(batch, requirements=["C", "W"])
     values = torch.as_tensor(batch).detach().cpu().contiguous()
     if not bool(torch.isfinite(values).all()):
         bad = int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])
         raise VitqError(
-            "calibration images hold NaN or infinity", where=f"{where}, image {bad}", expected=FORM
+            "calibration images hold NaN or infinity",
+            where=f"{where}, image {bad}",
+            expected=FORM,
+            fix="check how the images are read and normalized",
         )
     return values
 
@@ -138,13 +153,20 @@ def _from_folder(
     folder: Path, shape: tuple[int, ...], preprocessing: Mapping[str, Any] | None, limit: int
 ) -> Images:
     if not folder.is_dir():
-        raise VitqError("no such folder", where="calibration", got=folder, expected="a folder of images")
+        raise VitqError(
+            "not a folder" if folder.exists() else "no such folder",
+            where="calibration",
+            got=folder,
+            expected="a folder of images",
+            fix="check the path; arrays are given as such, to `vitq` as .npy file",
+        )
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
     if not files:
         raise VitqError(
             "the folder holds no images",
             where=folder,
             expected="files ending in " + ", ".join(sorted(SUFFIXES)),
+            fix="check the path: images in folders below it count",
         )
     total = len(files)
     if total > limit:
@@ -158,12 +180,12 @@ def _from_folder(
 
 def read_image(file: Path, shape: tuple[int, ...], preprocessing: Mapping[str, Any]) -> torch.Tensor:
     """One image, resized and cropped to the model's size as timm's evaluation transform does."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(file) as opened:
             image = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except Exception as error:  # Pillow's decoders raise many types for damaged files
         raise VitqError(
             "unreadable image", where=file, got=error, fix="remove the file or repair it"
         ) from error

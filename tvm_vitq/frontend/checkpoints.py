@@ -25,7 +25,7 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise VitqError("checkpoint file does not exist", where=path)
+        raise VitqError("checkpoint file does not exist", where=path, fix="check the path")
     if path.suffix not in SUFFIXES:
         raise VitqError(
             "checkpoint file is of an unknown kind", where=path, got=path.suffix, expected=", ".join(SUFFIXES)
@@ -38,11 +38,10 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, torch.Tensor]:
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both readers raise many types for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise VitqError(
             "checkpoint file cannot be read: truncated, damaged, or more than plain weights",
             where=path,
-            got=reason,
+            got=f"{type(error).__name__}: {error}".split(". ")[0].splitlines()[0],
             fix="copy it again, or save model.state_dict() alone",
         ) from error
     for key in WRAPPERS:
@@ -53,7 +52,13 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, torch.Tensor]:
         {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor)} if isinstance(loaded, dict) else {}
     )
     if not tensors:
-        raise VitqError("checkpoint file holds no weights", where=path, expected="a state dict of tensors")
+        raise VitqError(
+            "checkpoint file holds no weights",
+            where=path,
+            got=type(loaded).__name__,
+            expected="a state dict of tensors",
+            fix="save model.state_dict() alone",
+        )
     prefix = "module."  # left by DataParallel
     return {k.removeprefix(prefix): v for k, v in tensors.items()}
 

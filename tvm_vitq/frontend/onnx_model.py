@@ -183,7 +183,10 @@ class OnnxImporter(ONNXGraphImporter):
         operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return VitqError(
-            f"ONNX operator is not supported: {reason}", where=layer_path(node) or node.name, got=operator
+            f"ONNX operator is not supported: {reason}",
+            where=layer_path(node) or node.name or ", ".join(node.output),
+            got=operator,
+            fix="export the model with this layer expressed by other operators",
         )
 
 
@@ -217,9 +220,16 @@ def _finite(name: str, value: np.ndarray) -> np.ndarray:
             where=name,
             got=f"{int(np.isnan(value).sum())} NaN",
             expected="finite weights",
+            fix="check the model that was exported",
         )
     if value.dtype == np.float32 and name.endswith((".weight", ".bias")) and not np.isfinite(value).all():
-        raise VitqError("weights hold NaN or infinity", where=name, expected="finite weights")
+        raise VitqError(
+            "weights hold NaN or infinity",
+            where=name,
+            got=f"{int(np.isinf(value).sum())} infinite",
+            expected="finite weights",
+            fix="check the model that was exported",
+        )
     return value
 
 
@@ -234,7 +244,7 @@ def import_onnx(
         shape than the file was exported for, weights that are not finite.
     """
     if not path.is_file():
-        raise VitqError("ONNX file does not exist", where=path)
+        raise VitqError("ONNX file does not exist", where=path, fix="check the path")
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import PurePath
 from typing import Any
 
 import timm
 import torch
 
 from tvm_vitq.errors import VitqError, nearest
-from tvm_vitq.frontend.checkpoints import load_into, read_checkpoint
+from tvm_vitq.frontend.checkpoints import SUFFIXES, load_into, read_checkpoint
 
 
 def create(
@@ -28,7 +29,13 @@ def create(
     if not name.startswith(("hf_hub:", "hf-hub:")) and not timm.is_model(architecture):
         close = nearest(architecture, timm.list_models(), 5)
         raise VitqError(
-            "unknown model name", got=name, expected=close or "a name that timm.list_models() has"
+            "unknown model name",
+            where="model",
+            got=name,
+            expected=close or "a name that timm.list_models() has, refmodel:vit, or an .onnx file",
+            fix="give the architecture's timm name, and the file as checkpoint"
+            if PurePath(name).suffix in SUFFIXES
+            else None,
         )
     if pretrained and checkpoint is not None:
         raise VitqError(

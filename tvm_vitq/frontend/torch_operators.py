@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from tvm_vitq.frontend.torch_program import ProgramImporter
 
 
+REPLACE = "express this layer by other operators"
+
+
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     """Positional or keyword argument of a node."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
@@ -47,7 +50,11 @@ def layer_norm(importer: ProgramImporter, node: fx.Node) -> Expr:
     x, normalized = importer.env[node.args[0]], [int(v) for v in node.args[1]]
     if normalized != shape_of(x)[-1:]:
         raise VitqError(
-            "LayerNorm over more than the last axis", where=importer.block_builder.name, got=normalized
+            "LayerNorm over more than the last axis",
+            where=importer.block_builder.name.split(":")[0],
+            got=normalized,
+            expected=shape_of(x)[-1:],
+            fix=REPLACE,
         )
     width = normalized[0]
     weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
@@ -63,7 +70,11 @@ def attention(importer: ProgramImporter, node: fx.Node) -> Expr:
     q, k, v = (importer.env[a] for a in node.args[:3])
     mask, causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
     if argument(node, 7, "enable_gqa", False):
-        raise VitqError("grouped-query attention is not supported", where=importer.block_builder.name)
+        raise VitqError(
+            "grouped-query attention is not supported",
+            where=importer.block_builder.name.split(":")[0],
+            fix="repeat keys and values to as many heads as the queries have",
+        )
     scale = argument(node, 6, "scale")
     scale = 1.0 / math.sqrt(shape_of(q)[-1]) if scale is None else float(scale)
     rank = len(shape_of(k))
@@ -105,7 +116,11 @@ def roll(importer: ProgramImporter, node: fx.Node) -> Expr:
     x, shifts, axes = importer.env[node.args[0]], node.args[1], argument(node, 2, "dims", [])
     shape = shape_of(x)
     if not axes:
-        raise VitqError("roll of a flattened tensor is not supported", where=importer.block_builder.name)
+        raise VitqError(
+            "roll of a flattened tensor is not supported",
+            where=importer.block_builder.name.split(":")[0],
+            fix="give roll its axes",
+        )
     for shift, axis in zip(shifts, axes, strict=True):
         axis %= len(shape)
         indices = np.roll(np.arange(shape[axis], dtype="int64"), shift)

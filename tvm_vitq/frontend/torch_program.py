@@ -19,7 +19,7 @@ from tvm import relax
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.frontend.torch_operators import CONVERTERS
+from tvm_vitq.frontend.torch_operators import CONVERTERS, REPLACE
 from tvm_vitq.relax_passes.rewriter import Expr, GraphBuilder
 
 KEPT_WHOLE = (
@@ -171,7 +171,10 @@ class ProgramImporter(ExportedProgramImporter):
                 self.env[node] = self.convert_map[operator](node)
             else:
                 raise VitqError(
-                    "torch operator is not supported", where=layer or "top level", got=str(node.target)
+                    "torch operator is not supported",
+                    where=layer or "top level",
+                    got=str(node.target),
+                    fix=REPLACE,
                 )
         except VitqError:
             raise
@@ -182,6 +185,7 @@ class ProgramImporter(ExportedProgramImporter):
                 f"torch operator could not be imported: {type(error).__name__}: {error}",
                 where=layer or "top level",
                 got=str(node.target),
+                fix=REPLACE,
             ) from error
 
     def _evaluate(self, node: fx.Node) -> Any:
@@ -237,6 +241,7 @@ def check_finite(name: str, value: torch.Tensor, parameter: bool = True) -> None
             where=name,
             got=f"{bad} of {value.numel()} values",
             expected="finite weights",
+            fix="check the checkpoint",
         )
 
 
