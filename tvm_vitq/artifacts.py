@@ -63,6 +63,25 @@ def open_artifact(path: str | os.PathLike[str]) -> QuantizedModel | Library | Qu
     return readers[kind_of(path)](path)
 
 
+def open_model(path: str | os.PathLike[str]) -> QuantizedModel:
+    """The quantized model in a file.
+
+    Raises
+    ------
+    VitqError : as `open_artifact`; a file of another kind.
+    """
+    kind = kind_of(path)
+    if kind == "model":
+        return _model(path)
+    plan = "give the float model, and the plan with --from-plan"
+    raise VitqError(
+        f"a {kind} cannot be compiled",
+        where=path,
+        expected="a quantized model (.vitq)",
+        fix=plan if kind == "plan" else "compile the quantized model that it was made from",
+    )
+
+
 def _model(path: str | os.PathLike[str]) -> QuantizedModel:
     from tvm_vitq.quantized_model import QuantizedModel
 

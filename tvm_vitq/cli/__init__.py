@@ -12,8 +12,10 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from tvm_vitq import __version__
 from tvm_vitq.cli import bench, build, demo, doctor, eval, inspect, quantize
@@ -49,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked = parser().parse_args(arguments)
     except SystemExit as stop:  # argparse has printed help or what is wrong
         return stop.code if isinstance(stop.code, int) else ERROR
-    previous = signal.signal(signal.SIGTERM, _stop)
+    previous, hook = signal.signal(signal.SIGTERM, _stop), sys.unraisablehook
+    sys.unraisablehook = _unraisable
     try:
         # Whatever a library prints goes beside the result, which may be piped into a JSON reader.
         with contextlib.redirect_stdout(sys.stderr):
@@ -66,9 +69,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, previous)
 
 
 def _stop(*_: object) -> None:
     """SIGTERM ends like Ctrl-C: unwinding removes the files that are not whole."""
     raise KeyboardInterrupt
+
+
+def _unraisable(swallowed: Any) -> None:
+    """Python drops what is raised in destructors and callbacks, of which imports run many: an interruption
+    there is made again, a little later, or it would be dropped again.
+    """
+    if issubclass(swallowed.exc_type, KeyboardInterrupt):
+        again = [threading.main_thread().ident, signal.SIGTERM]
+        threading.Timer(0.1, signal.pthread_kill, again).start()
+    else:
+        sys.__unraisablehook__(swallowed)

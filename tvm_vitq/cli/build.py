@@ -27,14 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Outcome:
     """See tvm_vitq.build and tvm_vitq.compile."""
     import tvm_vitq
-    from tvm_vitq.artifacts import is_artifact
+    from tvm_vitq.artifacts import is_artifact, open_model
     from tvm_vitq.files import check_writable
     from tvm_vitq.render import report_text
 
     check_writable(arguments.output)
     if is_artifact(arguments.model):
         options.refuse_quantization(arguments)
-        library = tvm_vitq.compile(tvm_vitq.load(arguments.model), arguments.target)
+        library = tvm_vitq.compile(open_model(arguments.model), arguments.target)
     else:
         library = tvm_vitq.build(arguments.model, arguments.target, **options.quantization(arguments))
     path = library.export_library(arguments.output)

@@ -92,9 +92,16 @@ def calibration(text: str) -> Any:
         import numpy as np
 
         try:
-            return np.load(text, allow_pickle=False)
+            with open(text, "rb") as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise VitqError("cannot read the calibration images", where=text, got=error) from error
+            raise VitqError(
+                "cannot read the calibration images",
+                where=text,
+                got=getattr(error, "strerror", None) or error,
+                expected="a file of numpy.save with float32 (N, 3, H, W), already normalized",
+                fix="check the path, and write it again with numpy.save(path, images)",
+            ) from error
     return text
 
 
