@@ -8,7 +8,7 @@ patch embedding, reductions, head. Operators without matmul belong to the unit t
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -125,7 +125,7 @@ def _unit(segment: _Segment) -> Unit:
         return tuple(attrs(b.value)["site"] for b in segment.bindings if op_name(b.value) in ops)
 
     layers = named(*OPERANDS)
-    common = os.path.commonprefix([layer.split(".") for layer in layers])
-    name = ".".join(common) or layers[0]
+    parts = zip(*(layer.split(".") for layer in layers), strict=False)
+    name = ".".join(p[0] for p in itertools.takewhile(lambda p: len(set(p)) == 1, parts)) or layers[0]
     stop = segment.bindings[-1].var.name
     return Unit(name, segment.kind, segment.start, stop, layers, named("vitq.quantize"))

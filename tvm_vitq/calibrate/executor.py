@@ -162,7 +162,7 @@ class Executor:
     def run_between(
         self, start: str, stop: str, x: torch.Tensor, hooks: Hooks | None = None, chunk: int | None = None
     ) -> torch.Tensor:
-        """Values [N, ...] of variable `stop` from those of `start`; in the graph both have the batch in front.
+        """Values [N, ...] of variable `stop` from those of `start`; in the graph both have the batch first.
 
         `hooks` and `chunk` as in `run`; differentiable in x.
         """

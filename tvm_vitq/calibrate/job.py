@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,14 @@ PARAMETERS = ("weight", "bias", "gamma", "beta")
 """Constants that are trained; others, such as attention masks, may hold infinity."""
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a step of training took: iterations over all units, wall-clock seconds."""
+
+    iterations: int
+    seconds: float
+
+
 @dataclass
 class Job:
     """One calibration under way.
@@ -34,6 +43,7 @@ class Job:
     mod : the annotated module; `replace` changes its constants.
     specs, aliases : what each site asks for, and which sites share the quantizer of another.
     images : float32 [N, 3, H, W].
+    work : folder that keeps what long steps have finished, so that they can be resumed; None: nothing is kept.
 
     Attributes
     ----------
@@ -42,6 +52,7 @@ class Job:
     channel_ranges : smallest and largest value per channel, [C] each, of the variables that `observe` was
         asked for.
     notes : what was declined or changed, with the reason, by site or layer.
+    costs : of the steps that train, by their label.
     """
 
     mod: tvm.IRModule
@@ -50,10 +61,12 @@ class Job:
     images: torch.Tensor
     seed: int = 0
     show_progress: bool = True
+    work: Path | None = None
     quantizers: dict[str, SiteQuantizer] = field(default_factory=dict)
     ranges: dict[str, float] = field(default_factory=dict)
     channel_ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.executor = Executor(self.mod)
