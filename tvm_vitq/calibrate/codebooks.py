@@ -15,7 +15,7 @@ from tvm_vitq.calibrate.statistics import Summary
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.quantizers import codec_of
 from tvm_vitq.quantizers.base import Array
-from tvm_vitq.quantizers.codebook import Codebook
+from tvm_vitq.quantizers.codebook import PROBABILITY_GRID, Codebook
 
 Params = Mapping[str, Any]
 Scales = Sequence[float] | Callable[[Params], Sequence[float]]
@@ -68,6 +68,11 @@ def _weighted(data: Summary) -> tuple[Tensor, Tensor | None]:
     weight = bulk * (rest / bulk.sum(1, keepdim=True).clamp(min=1))
     tails = torch.cat([data.low, data.high], 1)
     return torch.cat([tails, data.sample], 1), torch.cat([torch.ones_like(tails), weight.to(tails.dtype)], 1)
+
+
+def probability_codebook(codec: str, bits: int, **params: Any) -> SiteQuantizer:
+    """A codebook quantizer of attention probabilities with scale 1: 1 is its largest level."""
+    return SiteQuantizer(bits, [1.0], [0], codec, params={"grid": PROBABILITY_GRID, **params})
 
 
 def every(**options: Iterable[Any]) -> list[dict[str, Any]]:

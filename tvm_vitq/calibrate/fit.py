@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from tvm_vitq.calibrate.job import Job
 from tvm_vitq.calibrate.observe import View, view_of
 from tvm_vitq.calibrate.searches import RangeRule, quantizer_numbers
@@ -46,14 +48,24 @@ SMALLEST_PROBABILITY = 2.0**-6
 softmax has room for (it keeps 15 bits of each exponential)."""
 
 
-def probability_views(job: Job) -> dict[str, View]:
-    """How to summarize the attention probabilities that need a scale."""
-    return {site.name: View("tensor") for site, spec in job.fitted_sites("probs") if not by_row(site, spec)}
+def probability_views(job: Job, softmax: bool = False) -> dict[str, View]:
+    """How to summarize the attention probabilities that need a scale; `softmax`: all of them."""
+    sites = job.fitted_sites("probs")
+    return {site.name: View("tensor") for site, spec in sites if softmax or not by_row(site, spec)}
 
 
 def by_row(site: Site, spec: SiteSpec) -> bool:
     """Whether probabilities are quantized relative to the largest of their row."""
     return spec.granularity == "token" and site.kind == "softmax"
+
+
+def softmax_sites(job: Job, codec: str) -> Iterator[tuple[Site, SiteSpec]]:
+    """Attention probabilities that a codec for softmax can have; the others are noted."""
+    for site, spec in job.fitted_sites("probs"):
+        if site.kind == "softmax":
+            yield site, spec
+        else:
+            job.notes[site.name] = f"uniform: {codec} is for softmax, this is {site.kind}"
 
 
 def fit_activations(job: Job, summaries: dict[str, Summary], rule: RangeRule) -> None:
@@ -65,13 +77,15 @@ def fit_activations(job: Job, summaries: dict[str, Summary], rule: RangeRule) ->
 
 
 def fit_probabilities(job: Job, summaries: dict[str, Summary], rule: RangeRule) -> None:
-    """Quantizers of attention probabilities: relative to their row where the spec says "token", which softmax
-    alone allows, else from 0 to the rule's upper end.
+    """Quantizers of attention probabilities not fitted yet: relative to their row where the spec says
+    "token", which softmax alone allows, else from 0 to the rule's upper end.
 
     Not to 1: where attention is spread over hundreds of tokens, no probability comes near 1, and a step of
     1 / 255 would leave them a single code.
     """
     for site, spec in job.fitted_sites("probs"):
+        if site.name in job.quantizers:
+            continue
         if by_row(site, spec):
             job.quantizers[site.name] = SiteQuantizer(
                 spec.bits, [], [], RowMaximum.name, granularity="token", axis=-2, dynamic=True

@@ -9,12 +9,16 @@ the differences where they cost nothing. With the common scale ``s~ = mean(s)`` 
     W'[:, c] = W[:, c] r_c    bias' = bias + W' d           so  W' a' + bias' = W a + bias
 
 and ``a' / s~ + z~ = a / s + z``: the same codes. z~ is a whole number, else codes would shift by a fraction;
-any whole z~ gives the same function, so it is the rounded mean of z limited to the codes.
+any whole z~ gives the same function, so it is that of z, rounded and limited to the codes. Any s~ does as
+well, as long as weights have one scale for all input channels of a row: W' scales with it as a whole.
+Methods that differ here (the median of DopQ-ViT, a searched s~) differ in name, see `TARGETS`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +28,7 @@ from tvm_vitq.calibrate.job import Job
 from tvm_vitq.calibrate.observe import View, observe
 from tvm_vitq.calibrate.searches import RangeRule, quantizer_numbers
 from tvm_vitq.calibrate.statistics import Summary
+from tvm_vitq.errors import VitqError
 from tvm_vitq.graph import columns_read, data_operands, is_movement
 from tvm_vitq.ops import attrs, op_name, shape_of
 from tvm_vitq.plan import SiteQuantizer
@@ -32,6 +37,9 @@ from tvm_vitq.relax_passes.sites import bindings, readers
 SMALLEST_RATIO = 2.0**-10
 """Channels narrower than this share of the mean are scaled as if they were that wide: gamma / r stays
 moderate, and such a channel has no influence that finer steps could keep."""
+
+TARGETS: dict[str, Callable[[np.ndarray], Any]] = {"mean": np.mean, "median": np.median}
+"""What s~ and z~ are of s and z: RepQ-ViT's mean, DopQ-ViT's median."""
 
 FINEST_STEP = 2.0**-9
 """Smallest step of a channel in units of |gamma|, the channel's standard deviation over all normalized
@@ -144,23 +152,33 @@ def observe_with_folds(
     return observe(job, wanted, tail, {origin for fold in folds for origin in fold.variables.values()})
 
 
-def fold_layer_norms(job: Job, folds: list[Fold], summaries: dict[str, Summary], rule: RangeRule) -> None:
+def fold_layer_norms(
+    job: Job, folds: list[Fold], summaries: dict[str, Summary], rule: RangeRule, target: str = "mean"
+) -> None:
     """Apply folds: changes the module's constants, fits the folded sites, updates ranges.
 
     Parameters
     ----------
     summaries : of `observe_with_folds`.
     rule : the range of each channel.
+    target : one of `TARGETS`.
     """
+    if target not in TARGETS:
+        raise VitqError("unknown target of scales", where="target", got=target, expected=", ".join(TARGETS))
     changed: dict[str, np.ndarray] = {}
     for fold in folds:
-        _apply(job, fold, [summaries[site] for site in fold.sites], rule, changed)
+        _apply(job, fold, [summaries[site] for site in fold.sites], rule, target, changed)
     if changed:
         job.replace(changed)
 
 
 def _apply(
-    job: Job, fold: Fold, summaries: list[Summary], rule: RangeRule, changed: dict[str, np.ndarray]
+    job: Job,
+    fold: Fold,
+    summaries: list[Summary],
+    rule: RangeRule,
+    target: str,
+    changed: dict[str, np.ndarray],
 ) -> None:
     bits = job.specs[fold.sites[0]].bits
     ranges = [rule(summary, bits, False) for summary in summaries]
@@ -175,9 +193,10 @@ def _apply(
             job.quantizers[site] = SiteQuantizer(bits, numbers[0].tolist(), numbers[1].tolist())
         return
     step = np.maximum(step, SMALLEST_RATIO * step.mean())
-    common = float(np.float32(step.mean()))
+    middle = TARGETS[target]
+    common = float(np.float32(middle(step)))
     zero = np.rint(-low / step)
-    common_zero = int(np.clip(np.rint(zero.mean()), 0, 2**bits - 1))
+    common_zero = int(np.clip(np.rint(middle(zero)), 0, 2**bits - 1))
     ratio, shift = step / common, common * (common_zero - zero)
 
     new = {f"{fold.layer}.gamma": constants[f"{fold.layer}.gamma"] / ratio}

@@ -5,15 +5,19 @@ from __future__ import annotations
 from tvm_vitq.errors import VitqError, nearest
 from tvm_vitq.recipes.auto import Auto
 from tvm_vitq.recipes.base import Recipe
+from tvm_vitq.recipes.fq_vit import FQViT
 from tvm_vitq.recipes.minmax import MinMax
 from tvm_vitq.recipes.mse import MeanSquaredError
 from tvm_vitq.recipes.percentile import Percentile
+from tvm_vitq.recipes.repq_vit import RepQViT
 
 ALL: tuple[type[Recipe], ...] = (
     MinMax,
     MeanSquaredError,
     Percentile,
     Auto,
+    RepQViT,
+    FQViT,
 )
 
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in ALL}
