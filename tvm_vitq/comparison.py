@@ -140,7 +140,7 @@ def compare(
         names.append(opened[names[0]].model)
     for name in names:
         if name not in opened:
-            opened[name] = _float(name, shape, checkpoint, pretrained)
+            opened[name] = float_subject(name, shape, checkpoint, pretrained)
     chosen = [opened[name] for name in names]
     for subject in chosen[1:]:
         if subject.input_shape[1:] != chosen[0].input_shape[1:]:
@@ -213,12 +213,13 @@ def emulated(library: Path, info: Any) -> Callable[[np.ndarray], np.ndarray]:
     return run
 
 
-def _float(
+def float_subject(
     name: str,
     shape: tuple[int, ...] | None,
     checkpoint: str | os.PathLike[str] | None,
     pretrained: bool,
 ) -> Subject:
+    """A float model: "refmodel:..." or a timm name; `shape` is asked for if its own is not wanted."""
     from tvm_vitq.frontend.timm_models import create, default_image, preprocessing_of
     from tvm_vitq.refmodels import load_model
 

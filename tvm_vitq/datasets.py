@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -42,9 +43,10 @@ def load_dataset(
 
     Parameters
     ----------
-    source : "refmodel" (test images of the reference models); an .npz file with arrays `labels` and `images`
-        (float32 (N, 3, H, W), normalized; or uint8 (N, H, W, 3), then normalized as `preprocessing` says); or
-        a folder with one folder per class, in alphabetical order of their labels (torchvision's ImageFolder).
+    source : "refmodel" (test images of the reference models) or "refmodel:20000" (so many others); an .npz
+        file with arrays `labels` and `images` (float32 (N, 3, H, W), normalized; or uint8 (N, H, W, 3), then
+        normalized as `preprocessing` says); or a folder with one folder per class, in alphabetical order of
+        their labels (torchvision's ImageFolder).
     input_shape : of the model, (batch, 3, H, W).
     preprocessing : of the model: mean, std, and for folders crop_pct and interpolation.
     limit : images used at most, evenly spread.
@@ -59,6 +61,11 @@ def load_dataset(
         from tvm_vitq import refmodels
 
         return _arrays(*refmodels.test_set(), REFMODEL, input_shape, limit)
+    drawn = re.fullmatch(f"{REFMODEL}:([1-9][0-9]*)", str(source))
+    if drawn:
+        from tvm_vitq import refmodels
+
+        return _arrays(*refmodels.more_test_images(int(drawn[1])), str(source), input_shape, limit)
     path = Path(source)
     if path.is_dir():
         return _folder(path, input_shape, preprocessing, limit)

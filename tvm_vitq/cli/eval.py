@@ -32,11 +32,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-drop", type=float, metavar="POINTS", help="fail if this much below the float model"
     )
+    parser.add_argument(
+        "--recipes",
+        metavar="A,B",
+        help="quantize the float models named with each of these recipes (or: all) at each of --bits, and "
+        "compare float, simulation and compiled program",
+    )
+    parser.add_argument("--bits", default="w8a8", metavar="W,X", help="widths of --recipes: w8a8,w4a4")
+    parser.add_argument("--calibration", metavar="DIR", help="calibration images of --recipes")
+    parser.add_argument("--batch", type=int, default=50, help="images per call of the programs of --recipes")
+    parser.add_argument("--markdown", metavar="FILE", help="write the tables of --recipes to a file")
+    parser.add_argument(
+        "--store", metavar="FILE", help="keep finished rows of --recipes, and resume from them"
+    )
     parser.add_argument("--exact", action="store_true", help="fail unless integer results agree in every bit")
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
-    """See tvm_vitq.comparison."""
+    """See tvm_vitq.comparison; with recipes, tvm_vitq.sweep."""
+    if arguments.recipes:
+        return _sweep(arguments)
     from tvm_vitq.comparison import compare
     from tvm_vitq.render import comparison_text
 
@@ -51,3 +66,31 @@ def run(arguments: argparse.Namespace) -> Outcome:
     )
     passed = found.meets(min_top1=arguments.min_top1, max_drop=arguments.max_drop, exact=arguments.exact)
     return Outcome(found.to_json(), comparison_text(found), passed)
+
+
+def _sweep(arguments: argparse.Namespace) -> Outcome:
+    import dataclasses
+
+    from tvm_vitq.files import written_whole
+    from tvm_vitq.render import sweep_text
+    from tvm_vitq.sweep import markdown, sweep
+
+    rows = list(
+        sweep(
+            arguments.subjects,
+            arguments.bits.split(","),
+            arguments.recipes.split(","),
+            arguments.data,
+            calibration=arguments.calibration,
+            limit=arguments.limit,
+            batch=arguments.batch,
+            store=arguments.store,
+            progress=not arguments.json,
+            checkpoint=arguments.checkpoint,
+            pretrained=arguments.pretrained,
+        )
+    )
+    if arguments.markdown:
+        with written_whole(arguments.markdown) as part:
+            part.write_text(markdown(rows), encoding="utf-8")
+    return Outcome([dataclasses.asdict(row) for row in rows], sweep_text(rows))
