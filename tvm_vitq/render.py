@@ -9,7 +9,6 @@ from tvm_vitq.plan import QuantPlan, SiteQuantizer
 
 if TYPE_CHECKING:
     from tvm_vitq.comparison import Comparison
-    from tvm_vitq.sweep import Result
 
 GAP = "  "
 
@@ -173,31 +172,3 @@ def bench_text(data: Mapping[str, Any]) -> str:
         for k in data["kernels"]
     ]
     return f"{fields(head)}\n{table(('kernel', 'calls', 'ms', 'share', 'instruction'), rows)}"
-
-
-def sweep_text(rows: Sequence[Result]) -> str:
-    """Recipes side by side."""
-    headers = (
-        "model",
-        "bits",
-        "recipe",
-        "float",
-        "simulation",
-        "compiled",
-        "+-",
-        "agreement",
-        "SQNR dB",
-        "s",
-        "latency",
-    )
-    return table(
-        headers,
-        (
-            (
-                r.model, r.bits, r.recipe, f"{r.float_top1:.2f}", f"{r.simulated:.2f}", f"{r.compiled:.2f}",
-                f"{r.interval:.2f}", f"{r.agreement:.2f}", f"{r.sqnr:.1f}", f"{r.seconds:.1f}",
-                "-" if r.latency is None else f"{r.latency:.2f}",
-            )
-            for r in rows
-        ),
-    )  # fmt: skip

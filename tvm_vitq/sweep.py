@@ -17,6 +17,7 @@ from tvm_vitq.comparison import REFMODEL, float_subject
 from tvm_vitq.datasets import load_dataset
 from tvm_vitq.errors import VitqError
 from tvm_vitq.evaluation import Accuracy, evaluate, sqnr
+from tvm_vitq.render import table
 
 BASELINE = ("w8a8", "minmax")
 """What latencies are relative to."""
@@ -207,6 +208,34 @@ def _append(path: str | os.PathLike[str], row: Result) -> None:
         file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(dataclasses.asdict(row)) + "\n")
+
+
+def text(rows: Sequence[Result]) -> str:
+    """All rows as one table for people."""
+    headers = (
+        "model",
+        "bits",
+        "recipe",
+        "float",
+        "simulation",
+        "compiled",
+        "+-",
+        "agreement",
+        "SQNR dB",
+        "s",
+        "latency",
+    )
+    return table(
+        headers,
+        (
+            (
+                r.model, r.bits, r.recipe, f"{r.float_top1:.2f}", f"{r.simulated:.2f}", f"{r.compiled:.2f}",
+                f"{r.interval:.2f}", f"{r.agreement:.2f}", f"{r.sqnr:.1f}", f"{r.seconds:.1f}",
+                "-" if r.latency is None else f"{r.latency:.2f}",
+            )
+            for r in rows
+        ),
+    )  # fmt: skip
 
 
 def markdown(rows: Sequence[Result]) -> str:

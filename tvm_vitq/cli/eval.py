@@ -72,8 +72,7 @@ def _sweep(arguments: argparse.Namespace) -> Outcome:
     import dataclasses
 
     from tvm_vitq.files import written_whole
-    from tvm_vitq.render import sweep_text
-    from tvm_vitq.sweep import markdown, sweep
+    from tvm_vitq.sweep import markdown, sweep, text
 
     rows = list(
         sweep(
@@ -93,4 +92,4 @@ def _sweep(arguments: argparse.Namespace) -> Outcome:
     if arguments.markdown:
         with written_whole(arguments.markdown) as part:
             part.write_text(markdown(rows), encoding="utf-8")
-    return Outcome([dataclasses.asdict(row) for row in rows], sweep_text(rows))
+    return Outcome([dataclasses.asdict(row) for row in rows], text(rows))
