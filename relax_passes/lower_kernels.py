@@ -146,18 +146,18 @@ class _Lowering(Rewriter):
             widths[source] = columns
             views.append(View(source, column, head_stride, rows, row))
         score, multiplier, zero_q, zero_k, zero_v, *rest = (value_of(a) for a in node.args[3:])
-        table = rest.pop(0) if info["probs"] == "sigmoid" else None
+        probs = probabilities_of(info, rest)
         additive = [_additive(term, info["keys"]) for term in rest]
         spec = Attention(
             self.isa, batch, heads, queries, info["keys"], info["depth"], width,
             sources=tuple((math.prod(shape_of(s)) // widths[n], widths[n]) for n, s in enumerate(sources)),
             q=views[0], k=views[1], v=views[2],
-            probs=probabilities_of(info),
+            probs=probs,
             out=_output(info),
             additive=tuple(term.shape[:3] for term in additive),
         )  # fmt: skip
         zeros = (zero_q, zero_k, zero_v, info["zero_point"])
-        constants = spec.pack(score, multiplier, *zeros, additive=tuple(additive), table=table)
+        constants = spec.pack(score, multiplier, *zeros, additive=tuple(additive))
         return self.call_kernel(spec, node, sources, constants)
 
     def elementwise(self, node: Call, info: dict[str, Any]) -> Expr:

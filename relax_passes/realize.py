@@ -27,13 +27,13 @@ from tvm_vitq.graph import (
     value_of,
 )
 from tvm_vitq.integerize.activation import activation_input, activation_table, codebook_table
-from tvm_vitq.integerize.attention import additive_scores, attention_constants, probabilities
+from tvm_vitq.integerize.attention import additive_scores, attention_constants, site_probabilities
 from tvm_vitq.integerize.layer_norm import layer_norm_constants
 from tvm_vitq.integerize.linear import LinearConstants, linear_constants
 from tvm_vitq.numerics import Array
 from tvm_vitq.ops import attrs, call, op_name, shape_of
 from tvm_vitq.plan import QuantPlan
-from tvm_vitq.quantizers import RowMaximum, codec_of
+from tvm_vitq.quantizers import codec_of
 from tvm_vitq.quantizers.codebook import Codebook
 from tvm_vitq.units import wide_ranges
 
@@ -360,23 +360,20 @@ class _Realizer:
         (_, heads, _, depth), keys = shape_of(value.args[0]), shape_of(value.args[1])[2]
         out = self.wanted(var) or self.wide[var]
         quantizer = self.plan[f"{site}.probs"]
-        by_row = quantizer.codec == RowMaximum.name
-        if by_row and self.plan.requantize == "shift":
+        probs, step = site_probabilities(info["kind"], quantizer, keys, f"{site}.probs")
+        if probs.by_row and self.plan.requantize == "shift":
             raise VitqError(
                 "probabilities relative to their row need a division, which a shift plan does not have",
                 where=f"{site}.probs",
                 fix='ask for granularity "tensor" of this site',
             )
-        step = None if by_row else float(quantizer.scale[0])
-        probs = probabilities(info["kind"], quantizer.bits, step, keys, site)
         made = attention_constants(
-            *(f for _, f in operands), out, probs, step or 1.0,  # type: ignore[arg-type]
+            *(f for _, f in operands), out, probs, step,  # type: ignore[arg-type]
             heads=heads, depth=depth, keys=keys, scale=info["scale"], site=site,
         )  # fmt: skip
         args = [e for e, _ in operands]
         args += map(const, (made.score_multiplier, made.multiplier, made.zero_q, made.zero_k, made.zero_v))
-        if probs.table is not None:
-            args.append(const(probs.table))
+        args += [const(a) for a in (probs.table, probs.edges, probs.values) if a is not None]
         args += [const(additive_scores(value_of(a))) for a in value.args[3:]]
         node = call(
             "vitq.int_attention",
@@ -387,6 +384,8 @@ class _Realizer:
             numerator=probs.numerator,
             shift=probs.shift,
             guard=probs.guard,
+            prob_zero=probs.zero,
+            relative=probs.relative,
             zero_point=int(out.zero_point),
             out_dtype=out.dtype,
             qmin=out.qmin,

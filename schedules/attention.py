@@ -17,6 +17,7 @@ from tvm_vitq.numerics import Output
 from tvm_vitq.numerics_attention import SIGMOID_BITS, Probabilities
 from tvm_vitq.schedules import packing, tir
 from tvm_vitq.schedules.attention_body import AttentionBody
+from tvm_vitq.schedules.codebook import Form
 from tvm_vitq.schedules.isa import Isa, Tile, isa
 from tvm_vitq.schedules.kernel import Argument, Kernel, Split, kernel_name
 from tvm_vitq.schedules.packing import GROUP
@@ -51,11 +52,12 @@ class Attention:
     additive : leading three sizes of each additive term ``[nb, nh, tq or 1, tk]``; nb divides batch and image
         b takes
         term ``b % nb`` (windows of one image follow each other); nh is 1 or heads.
-    probs : quantizer of probabilities; its table, if any, is an argument and not part of the kernel.
+    probs : quantizer of probabilities; its tables, if any, are arguments and not part of the kernel.
     tile : register tile; None takes the instruction set's default.
 
-    Arguments of the kernel: the sources, score_multiplier, multiplier, zeros, [table], the additive terms,
-    out. `pack` returns those from score_multiplier to the additive terms. out : [batch * tq, heads * dv].
+    Arguments of the kernel: the sources, score_multiplier, multiplier, zeros (of q, k, v, out and the
+    probabilities), [tables of probs], the additive terms, out. `pack` returns those from score_multiplier to
+    the additive terms. out : [batch * tq, heads * dv].
     """
 
     isa: str
@@ -95,11 +97,19 @@ class Attention:
         return min(rows, max(1, -(-TASKS // (self.batch * self.heads))))
 
     @property
+    def book(self) -> Form | None:
+        """The form of a codebook."""
+        return Form.of(self.probs) if self.probs.kind == "codebook" else None
+
+    @property
     def name(self) -> str:
         """Name of the kernel; equal names are equal functions."""
         p = self.probs
         kind = p.kind.replace("_", "") + str(p.qmax)
         kind += f"n{p.numerator}s{p.shift}g{p.guard}" if p.kind == "softmax" else ""
+        if self.book is not None:
+            kind = f"codebook{p.planes}{self.book.name}" + ("row" if p.relative else f"g{p.guard}")
+            kind += "z" if p.zero else ""
         views = [f"{v.source}c{v.column}h{v.head_stride}r{v.rows}o{v.row}" for v in (self.q, self.k, self.v)]
         sources = [f"{rows}x{columns}" for rows, columns in self.sources]
         additive = ["a" + "x".join(str(n) for n in shape) for shape in self.additive]
@@ -115,9 +125,11 @@ class Attention:
         result = [Argument(f"source{i}", shape, "int8", "input") for i, shape in enumerate(self.sources)]
         result.append(Argument("score_multiplier", (self.heads,), "float32", "constant"))
         result.append(Argument("multiplier", (self.heads,), packing.multiplier_dtype(self.out), "constant"))
-        result.append(Argument("zeros", (4, self.heads), "int32", "constant"))
+        result.append(Argument("zeros", (5, self.heads), "int32", "constant"))
         if self.probs.kind == "sigmoid":
             result.append(Argument("table", (2**SIGMOID_BITS,), "uint8", "constant"))
+        if self.book is not None:
+            result += self.book.arguments()
         for i, term in enumerate(self.additive):
             result.append(Argument(f"additive{i}", (*term, self.score_columns), "int32", "constant"))
         out = (self.batch * self.tq, self.heads * self.dv)
@@ -141,16 +153,17 @@ class Attention:
         zero_v: Array,
         zero_point: Array | int = 0,
         additive: tuple[Array, ...] = (),
-        table: Array | None = None,
     ) -> list[Array]:
         """The constants of int_attention as arguments; scalars are repeated for all heads."""
-        zeros = np.empty((4, self.heads), np.int32)
-        for row, value in zip(zeros, (zero_q, zero_k, zero_v, zero_point), strict=True):
+        zeros = np.empty((5, self.heads), np.int32)
+        for row, value in zip(zeros, (zero_q, zero_k, zero_v, zero_point, self.probs.zero), strict=True):
             row[:] = value
         per_head = packing.pack_multiplier(multiplier, self.heads, self.out)[: self.heads]
         arrays = [np.full(self.heads, score_multiplier, np.float32), per_head, zeros]
-        if table is not None:
-            arrays.append(np.asarray(table, np.uint8))
+        if self.probs.table is not None:
+            arrays.append(np.asarray(self.probs.table, np.uint8))
+        if self.book is not None:
+            arrays += self.book.pack(self.probs)
         for term, shape in zip(additive, self.additive, strict=True):
             padded = np.zeros((*shape, self.score_columns), np.int32)
             padded[..., : self.tk] = term

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tvm_vitq.numerics import Output
 from tvm_vitq.schedules import packing, probabilities, tir
+from tvm_vitq.schedules.codebook import Lookup
 from tvm_vitq.schedules.isa import Sink
 from tvm_vitq.schedules.kernel import Split
 from tvm_vitq.schedules.packing import GROUP
@@ -63,11 +64,13 @@ class AttentionBody:
             self.image, self.head = tir.let(head // spec.heads), tir.let(head % spec.heads)
             self.multiplier = tir.let(tir.load(self.b["multiplier"], self.head, 1))
             self.score_multiplier = tir.let(tir.load(self.b["score_multiplier"], self.head, 1))
-            self.zero = [tir.let(tir.load(self.b["zeros"], [i, self.head], 1)) for i in range(4)]
+            self.zero = [tir.let(tir.load(self.b["zeros"], [i, self.head], 1)) for i in range(5)]
+            self.lookup = None if spec.book is None else Lookup(spec.book, self.b)
             self.keys = self._pack_keys()
             self.values = self._pack_values()
             self.key_correction = self._key_correction()
-            self.value_correction = self._value_correction()
+            self.value_correction = self._value_correction(self.isa.offset("uint8"))
+            self.zero_correction = self._value_correction(self.zero[4]) if spec.probs.zero else None
             self._allocate()
             with TB.serial(0, self.chunk.large) as i:
                 tile = tir.let(self.chunk_index * self.chunk.large + i)
@@ -163,14 +166,14 @@ class AttentionBody:
             tir.store(sums, tir.load(sums, i * LANES) * factor, i * LANES)
         return sums
 
-    def _value_correction(self) -> Expr | None:
-        """``-offset * sum_t v[t, c]``, where the instruction shifts the probabilities."""
-        offset = self.isa.offset("uint8")
-        if offset == 0:
+    def _value_correction(self, offset: Expr | int) -> Expr | None:
+        """``-offset * sum_t v[t, c]``, for probabilities that are too large by an offset."""
+        if isinstance(offset, int) and offset == 0:
             return None
         sums = self._column_sums(self.values, "uint8")
+        factor = tir.let(tir.splat(tir.constant(0, "int32", 1) - offset))
         for c in range(0, self.out_columns, LANES):
-            tir.store(sums, tir.load(sums, c) * tir.constant(-offset, "int32"), c)
+            tir.store(sums, tir.load(sums, c) * factor, c)
         return sums
 
     def _allocate(self) -> None:
@@ -178,8 +181,9 @@ class AttentionBody:
         self.query = tir.scratch(rows * self.qk_depth, self.isa.left_dtype("int8"))
         self.scores = tir.scratch(rows * columns, "int32")
         self.exponentials = tir.scratch(rows * columns, "uint16")
-        self.probs = tir.scratch(rows * columns, self.isa.left_dtype("uint8"))
-        self.sums = tir.scratch(rows * self.out_columns, "int32")
+        planes = self.spec.probs.planes
+        self.probs = tir.scratch(planes * rows * columns, self.isa.left_dtype("uint8"))
+        self.sums = tir.scratch(planes * rows * self.out_columns, "int32")
         self.row_term = tir.scratch(rows, "int32")
         self.row_scale = tir.scratch(rows, "float32")
 
@@ -188,10 +192,13 @@ class AttentionBody:
         self._product(self.query, self.qk_depth, self.qk_depth, self.keys, self._scores(row), "int8")
         probabilities.emit(self)
         columns = self.out_columns
-        self._product(
-            self.probs, self.stride, self.pv_depth, self.values,
-            lambda r, c, value, n: tir.store(self.sums, value, r * columns + c, n), "uint8",
-        )  # fmt: skip
+        for plane in range(self.spec.probs.planes):
+            first = plane * self.rows.large
+            self._product(
+                self.probs, self.stride, self.pv_depth, self.values,
+                lambda r, c, value, n, first=first: tir.store(self.sums, value, (first + r) * columns + c, n),
+                "uint8", first,
+            )  # fmt: skip
         self._output(row, self.rows.large)
 
     def _scores(self, row: Expr) -> Sink:
@@ -211,14 +218,16 @@ class AttentionBody:
 
         return sink
 
-    def _product(self, left: Expr, stride: int, depth: int, panels: Panels, sink: Sink, source: str) -> None:
-        """left @ panels; the columns given to `sink` count from the first panel."""
+    def _product(
+        self, left: Expr, stride: int, depth: int, panels: Panels, sink: Sink, source: str, start: int = 0
+    ) -> None:
+        """Rows of left from `start` on @ panels; the columns given to `sink` count from the first panel."""
         for first, count, width in panels.runs():
             with TB.serial(0, count) as panel:
                 column = tir.let(first + panel * width)
                 self.isa.matmul(
                     self.rows.large, width, depth,
-                    lambda r, k, n: tir.load(left, r * stride + k, n),
+                    lambda r, k, n: tir.load(left, (start + r) * stride + k, n),
                     lambda offset, n, column=column: tir.load(panels.buffer, column * depth + offset, n),
                     lambda r, c, value, n, column=column: sink(r, column + c, value, n),
                     source, True,
@@ -246,22 +255,31 @@ class AttentionBody:
     def _lanes(self, value: Expr, lanes: int) -> Expr:
         return tir.let(tir.splat(value, lanes) if lanes > 1 else value)
 
+    def _sum(self, r: Expr, c: int, lanes: int) -> Expr:
+        """``sum_t p[t] v[t, c]`` of a row, out of the sums of one or both bytes of p, high one first."""
+        total = None
+        for plane in range(self.spec.probs.planes):
+            value = tir.load(self.sums, (plane * self.rows.large + r) * self.out_columns + c, lanes)
+            if self.value_correction is not None:
+                value = value + tir.load(self.value_correction, c, lanes)
+            total = value if total is None else (total << tir.constant(8, "int32", lanes)) + value
+        return total
+
     def _output(self, row: Expr, rows: int) -> None:
         """Requantizes the tile and stores it at its place in [batch * tq, heads * dv]."""
         spec, out = self.spec, self.spec.out
-        by_row = spec.probs.kind == "row_maximum"
         for start, count, lanes in pieces(spec.dv):
             zero_point = tir.let(tir.splat(self.zero[3], lanes) if lanes > 1 else self.zero[3])
             zero = zero_lanes(zero_point, out, lanes, self.isa.saturating_rint)
             scale = self._lanes(self.multiplier, lanes)
             with TB.serial(0, rows) as r:
-                if by_row:
+                if spec.probs.by_row:
                     scale = self._lanes(tir.load(self.row_scale, r, 1), lanes)
                 term = self._lanes(tir.load(self.row_term, r, 1), lanes)
                 for c in range(start, start + count * lanes, lanes):
-                    value = tir.load(self.sums, r * self.out_columns + c, lanes) + term
-                    if self.value_correction is not None:
-                        value = value + tir.load(self.value_correction, c, lanes)
+                    value = self._sum(r, c, lanes) + term
+                    if self.zero_correction is not None:
+                        value = value + tir.load(self.zero_correction, c, lanes)
                     value = requantize(tir.let(value), scale, zero, out, lanes)
                     if out.dtype not in ("int32", "float32"):
                         value = tir.cast(value, out.dtype, lanes)

@@ -116,12 +116,21 @@ def rint(value: Expr, lanes: int = LANES) -> Expr:
     return intrinsic("llvm.lrint", _type("int32", lanes), value)
 
 
+def add_lanes(value: Expr, dtype: str) -> Expr:
+    """The sum of all lanes of a vector of integers."""
+    return intrinsic("llvm.vector.reduce.add", dtype, value)
+
+
 def minimum(a: Expr, b: Expr) -> Expr:
     return tvm.tirx.Min(a, b)
 
 
 def maximum(a: Expr, b: Expr) -> Expr:
     return tvm.tirx.Max(a, b)
+
+
+def select(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
+    return tvm.tirx.Select(condition, then, otherwise)
 
 
 def clip(value: Expr, low: int | float, high: int | float, dtype: str, lanes: int = LANES) -> Expr:
@@ -189,7 +198,7 @@ def first_lanes(value: Expr, valid: int, otherwise: int) -> Expr:
     if valid == LANES:
         return value
     inside = TB.ramp(tvm.tirx.const(0, "int32"), 1, LANES) < constant(valid, "int32")
-    return tvm.tirx.Select(inside, value, constant(otherwise, "int32"))
+    return select(inside, value, constant(otherwise, "int32"))
 
 
 def pieces(size: int, widest: int = LANES) -> list[tuple[int, int, int]]:

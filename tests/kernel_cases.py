@@ -9,6 +9,7 @@ from tvm_vitq import numerics as nm
 from tvm_vitq import numerics_attention as na
 from tvm_vitq.integerize.attention import probabilities
 from tvm_vitq.numerics import Output, Partial
+from tvm_vitq.numerics_attention import Probabilities
 from tvm_vitq.schedules.attention import Attention, View
 from tvm_vitq.schedules.isa import Tile
 from tvm_vitq.schedules.layer_norm import LayerNorm
@@ -92,6 +93,20 @@ def layer_norm_case(name: str, m: int, c: int, out: Output) -> Case:
     return Case(name, spec, [x], arrays, expected)
 
 
+def book(
+    levels: int, keys: int, largest: int = 2**15, *, relative: bool = False, zero: int = 0, least: int = 0
+) -> Probabilities:
+    """A codebook with random edges, some of them next to each other, and ascending values."""
+    rng = np.random.default_rng(levels)
+    edges = np.unique(np.concatenate([rng.integers(1, 2**16, 3 * levels), [1, 2, 3, 2**16 - 1]]))
+    edges = np.sort(rng.permutation(edges)[: levels - 1])[::-1].astype(np.int32)
+    values = np.sort(rng.integers(least, largest + 1, levels)).astype(np.uint16)
+    values[[0, -1]] = least, largest
+    tables = {"edges": edges, "values": values}
+    guard = na.exp2_guard_bits(keys)
+    return Probabilities("codebook", largest, guard=guard, zero=zero, relative=relative, **tables)
+
+
 def attention_case(
     name: str,
     target: str,
@@ -104,13 +119,15 @@ def attention_case(
     out: Output = CODES,
     step: float | None = 0.0,
     spread: float = 4.0,
+    probs: Probabilities | None = None,
 ) -> Case:
     """q, k and v side by side in one matrix if there are as many queries as keys, else q by itself. `step` of
-    the probabilities: 0 is 1 / largest code, None relative to the row.
+    the probabilities: 0 is 1 / largest code, None relative to the row. `probs` is instead of kind, bits and
+    step.
     """
     b, h, tq, tk, d, dv = shape
     largest = 2**bits - 1
-    probs = probabilities(kind, bits, 1 / largest if step == 0 else step, tk, name)
+    probs = probs or probabilities(kind, bits, 1 / largest if step == 0 else step, tk, name)
     rng = np.random.default_rng(tk)
 
     def codes(*size: int) -> np.ndarray:
@@ -128,13 +145,14 @@ def attention_case(
     score = np.full(h, 4096 * spread / (d**0.5 * 5000), np.float32) * rng.uniform(0.5, 1, h).astype(
         np.float32
     )
-    total = {"softmax": largest, "row_maximum": 1, "sigmoid": largest * tk}[probs.kind]
+    total = 1 if probs.by_row else probs.qmax * (1 if probs.kind == "softmax" else tk)
+    total = total / 2**16 if out is WIDE and probs.kind == "codebook" else total
     multiplier = (rng.uniform(0.5, 1, h) / total).astype(np.float32)
     if out.kind == "shift":
         multiplier = np.exp2(np.round(np.log2(multiplier))).astype(np.float32)
     terms = tuple(rng.integers(-(2**14), 2**14, (*size, tk)).astype(np.int32) for size in additive)
     spec = Attention(target, *shape, tuple(s.shape for s in sources), *views, probs, out, additive)
-    arrays = spec.pack(score, multiplier, *zeros, 3, terms, probs.table)
+    arrays = spec.pack(score, multiplier, *zeros, 3, terms)
     # Windows follow each other: image i takes term i % nb.
     full = tuple(np.tile(t, (b // t.shape[0], 1, 1, 1)) for t in terms)
     names = dict(zip(("zero_q", "zero_k", "zero_v"), zeros, strict=True))

@@ -15,6 +15,7 @@ import tvm_vitq
 from tvm_vitq import emulate
 from tvm_vitq.calibrate import calibrate
 from tvm_vitq.pipeline import realize_passes, run_passes
+from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.quantized_model import QuantizedModel
 from tvm_vitq.site_rules import Granularities
 from tvm_vitq.targets import ISAS, parse
@@ -31,8 +32,16 @@ def _graphs() -> Any:
     return module
 
 
+BY_ROW: dict[str, Any] = {"granularity": "token", "axis": -2, "dynamic": True}
+LOG2 = (
+    SiteQuantizer(4, [0.5], [0], "log2", params={"grid": 2**15}),
+    SiteQuantizer(3, [], [], "log2", params={"grid": 255}, **BY_ROW),
+    SiteQuantizer(8, [1.0], [0], "twin_uniform", params={"grid": 2**15}),
+)
+"""Quantizers of the probabilities, block by block."""
+
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    # name: (graph, options of calibrate). Sizes are odd on purpose: tails in rows, columns, depths and keys.
+    # name: (graph, options of calibrate, books). Odd sizes on purpose: tails in rows, columns, depths and keys.
     "vit": (lambda g: g.tiny_vit(dim=48, heads=3, image=28, classes=37, batch=1), {}),
     "vit_batch": (lambda g: g.tiny_vit(batch=3, outliers=20.0, bias=True), {"bits": "w4a4"}),
     "gated": (
@@ -50,19 +59,24 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "heads": (lambda g: g.tiny_vit(depth=1, heads=4), {"granularities": Granularities(heads="head")}),
     "shift": (lambda g: g.tiny_vit(depth=1), {"requantize": "shift"}),
+    "log2": (lambda g: g.tiny_vit(depth=3, heads=3, dim=48, bias=True), {"bits": "w8a4", "books": LOG2}),
+    "shift_log2": (lambda g: g.tiny_vit(depth=1), {"requantize": "shift", "books": LOG2[:1]}),
 }
 
 
 @functools.cache
 def quantized(name: str) -> tuple[QuantizedModel, np.ndarray, np.ndarray]:
     """A quantized model, images for three calls, and the reference's logits."""
-    make, options = MODELS[name]
+    make, options = MODELS[name][0], dict(MODELS[name][1])
+    books = options.pop("books", ())
     graph = make(_graphs())
     shape = tuple(int(v) for v in graph["main"].params[0].ty.shape)
     rng = np.random.default_rng(5)
     calibration = rng.normal(size=(8 * shape[0], *shape[1:])).astype(np.float32)
     model = SimpleNamespace(mod=graph, name=name, input_shape=shape, preprocessing=None)
     found = calibrate(model, calibration=calibration, progress=False, **options)
+    probabilities = [name for name in found.plan.sites if name.endswith(".probs")]
+    found.plan.sites.update(zip(probabilities, books, strict=bool(books)))
     qm = QuantizedModel(run_passes(found.mod, realize_passes(found.plan)), found.plan)
     images = rng.normal(size=(3 * shape[0], *shape[1:])).astype(np.float32)
     images[0] *= 4  # beyond the calibrated range
@@ -92,7 +106,7 @@ def test_host_library_equals_reference(name, target):
 
 
 @pytest.mark.parametrize("isa", ARM_TARGETS)
-@pytest.mark.parametrize("name", ["vit", "vit_batch", "gated", "mixer", "groups", "shift"])
+@pytest.mark.parametrize("name", ["vit", "vit_batch", "gated", "mixer", "groups", "shift", "log2"])
 def test_aarch64_library_equals_reference(run_under_qemu, tmp_path, name, isa):
     qm, images, want = quantized(name)
     path = tvm_vitq.compile(qm, ARM_TARGETS[isa]).export_library(tmp_path / f"{name}.so")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from kernel_cases import WIDE, attention_case
+from kernel_cases import CODES, WIDE, attention_case, book
 from kernel_runs import ISAS, check
 
 from tvm_vitq.errors import VitqError
@@ -39,6 +39,36 @@ SHAPES = {
     "wide": ((1, 2, 20, 20, 16, 24), {"out": WIDE}),
     "shift": ((1, 2, 20, 20, 16, 16), {"out": Output("int8", -128, 127, "shift")}),
 }
+
+
+BOOKS = {
+    # name: shape, book, options; results are wide unless they say otherwise
+    "vit": ((1, 2, 197, 197, 64, 64), book(16, 197), {"out": CODES}),
+    "vit_row": ((1, 2, 197, 197, 64, 64), book(16, 197, relative=True), {"out": CODES}),
+    "3_bits": ((2, 2, 17, 17, 16, 24), book(8, 17, 200), {"spread": 2.0}),
+    "3_bits_row": ((1, 1, 3, 37, 20, 12), book(8, 37, 255, relative=True), {}),
+    "implicit_zero": ((1, 2, 33, 33, 16, 16), book(17, 33, 2**16 - 1), {}),
+    "no_zero": ((1, 1, 5, 19, 24, 20), book(15, 19, least=7), {}),
+    "two_levels": ((1, 1, 5, 1, 16, 16), book(2, 1), {}),
+    "windows": ((4, 3, 49, 49, 32, 32), book(16, 49, least=1), {"additive": ((1, 3, 49), (2, 1, 49))}),
+    "5_bits": ((1, 1, 9, 21, 16, 16), book(32, 21), {}),
+    "6_bits": ((1, 2, 50, 50, 32, 32), book(64, 50), {}),
+    "8_bits": ((1, 1, 31, 31, 48, 16), book(256, 31, 251), {}),
+    "8_bits_row": ((1, 1, 7, 45, 16, 16), book(257, 45, relative=True), {}),
+    "zero": ((2, 2, 21, 21, 16, 16), book(16, 21, zero=900), {}),
+    "zero_one_plane": ((1, 2, 7, 30, 16, 24), book(64, 30, 255, zero=-11, least=3), {}),
+    "many_keys": ((1, 1, 7, 1370, 16, 16), book(16, 1370), {}),
+    "most_keys": ((1, 1, 2, 8192, 16, 16), book(16, 8192, 255, relative=True, least=255), {"spread": 1e-3}),
+    "extreme": ((1, 1, 4, 16, 32, 16), book(16, 16, 2**16 - 1, least=2**16 - 1), {"extreme": True}),
+    "shift": ((1, 2, 20, 20, 16, 16), book(16, 20), {"out": Output("int8", -128, 127, "shift")}),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", BOOKS)
+def test_codebooks_equal_numerics(isa, name):
+    shape, probs, options = BOOKS[name]
+    check(attention_case(name, isa, shape, probs=probs, **{"out": WIDE, **options}), isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -23,7 +23,7 @@ from tvm_vitq.errors import VitqError
 from tvm_vitq.graph import data_operands, is_constant, is_movement, move, value_of
 from tvm_vitq.integerize.activation import FUNCTIONS
 from tvm_vitq.ops import attrs, call, op_name
-from tvm_vitq.plan import QuantPlan
+from tvm_vitq.plan import QuantPlan, SiteQuantizer
 from tvm_vitq.recipes.minmax import MinMax
 from tvm_vitq.relax_passes import realize as realize_pass
 from tvm_vitq.relax_passes.realize import float_islands, realize
@@ -154,6 +154,19 @@ def test_shift_plans_follow_their_simulation(variant: str) -> None:
     assert "shift" in kinds["vitq.int_linear"]
     x = images(tuple(made.plan.input_shape), 16)
     assert sqnr(simulate(made.mod, made.plan)(x), run(integer, x)) >= 24
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("codec", ["log2", "twin_uniform", "shift_uniform_log2"])
+def test_codebooks_of_probabilities_follow_the_simulation(codec: str, dynamic: bool) -> None:
+    made = calibrated(graphs.tiny_vit(), "w8a8")
+    book: dict[str, Any] = {"codec": codec, "bits": 4, "params": {"grid": 2**15}}
+    if dynamic:
+        book |= {"scale": [], "zero_point": [], "dynamic": True, "granularity": "token", "axis": -2}
+    for name in [n for n in made.plan.sites if n.endswith(".probs")]:
+        made.plan.sites[name] = SiteQuantizer(**{"scale": [1.0], "zero_point": [0], **book})
+    x = images(tuple(made.plan.input_shape), 16)
+    assert sqnr(simulate(made.mod, made.plan)(x), run(realize(made.mod, made.plan), x)) >= 28
 
 
 # Operator by operator

@@ -62,10 +62,10 @@ def matmul_is_exact_in_float32(depth: int, left_max: int, right_max: int) -> boo
 def integer_matmul(a: Array, b: Array) -> Array:
     """``a @ b`` of integer arrays as int32, computed by BLAS in the narrowest float type that is exact.
 
-    Operands are at most 9 bits wide; the caller has proved that the int32 accumulator does not overflow.
+    Operands are at most 16 bits wide; the caller has proved that the int32 accumulator does not overflow.
     """
     depth = a.shape[-1]
-    left, right = (256 if v.dtype == np.uint8 else 128 for v in (a, b))
+    left, right = (int(np.iinfo(v.dtype).max) + 1 for v in (a, b))
     dtype = np.float32 if matmul_is_exact_in_float32(depth, left, right) else np.float64
     return np.matmul(a.astype(dtype), b.astype(dtype)).astype(np.int32)
 

@@ -27,6 +27,14 @@ EXP2_COEFFICIENTS = (32768, 22660, 7565, 1291)
 fractions in this integer arithmetic, 1.27e-4 (docs/numerics.md).
 """
 
+LOG2_COEFFICIENTS = (14481, 8755, 4864, 1479)
+"""Cubic c0 - f*(c1 - f*(c2 - f*c3)) in 2**-15, 0 <= f < 1, that times f*(1 - f) is log2(1 + f) - f with an
+error below 2e-5 (tools/fit_log2.py).
+"""
+
+DISTANCE_MAX = 2**16 - 1
+"""Largest -log2 of a probability that a codebook sees, in 2**-SCORE_BITS: smaller ones than 2**-16 are 0."""
+
 
 def exp2_guard_bits(terms: int) -> int:
     """Extra fraction bits of the exponentials in a sum of `terms`, as many as int32 has room for, at most 8.
@@ -48,6 +56,22 @@ def int_exp2(d: Array, guard: int) -> Array:
     return (e << guard) >> np.minimum(d >> SCORE_BITS, 31)
 
 
+def int_log2(x: Array) -> Array:
+    """``log2(x)`` of positive int32 values in 2**-SCORE_BITS, rounded, as int32.
+
+    The bits of float32(x), exponent and fraction f, are log2(x) in 2**-23 with the line f for log2(1 + f). To
+    them is added ``f (1 - f)`` times a cubic in f, all in 2**-16.
+    """
+    line = (x.astype(np.float32).view(np.int32) >> 7) - (127 << 16)
+    f = line & 0xFFFF
+    c0, c1, c2, c3 = LOG2_COEFFICIENTS
+    c = c2 - ((f * c3) >> 16)
+    c = c1 - ((f * c) >> 16)
+    c = c0 - ((f * c) >> 16)
+    arch = (((f * ((1 << 16) - f)) >> 16) * c) >> 15
+    return (line + arch + (1 << (15 - SCORE_BITS))) >> (16 - SCORE_BITS)
+
+
 @dataclass(frozen=True)
 class Probabilities:
     """Quantizer of attention probabilities inside the attention operator.
@@ -57,6 +81,12 @@ class Probabilities:
     row_maximum: ``p = (e * qmax * 2**(shift-EXP_BITS) + 2**(shift-1)) >> shift``, e in 2**-EXP_BITS: the
     largest code of every row is qmax, and the result of attention is divided by the row's ``sum(p)``
     sigmoid: ``p = table[clip((t + 2**(s-1)) >> s, +-2**13) + 2**13]``, table : uint8 [2**SIGMOID_BITS]
+    codebook: ``p = values[number of edges above y]`` with ``y = min(d + L, DISTANCE_MAX)``, -log2 of the
+    probability: d = max(t) - t, L = int_log2(sum(e)) less the fraction bits of e. If `relative`, L = 0 and
+    the result of attention is divided by the row's ``sum(p)``. A p stands for p - zero.
+    edges : int32 [M - 1], 0 .. DISTANCE_MAX, descending;  values : uint16 [M], ascending
+
+    qmax : the largest p.
     """
 
     kind: str
@@ -65,6 +95,20 @@ class Probabilities:
     shift: int = 0
     guard: int = 0
     table: Array | None = None
+    edges: Array | None = None
+    values: Array | None = None
+    zero: int = 0
+    relative: bool = False
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the result of attention is divided by the row's sum(p)."""
+        return self.relative or self.kind == "row_maximum"
+
+    @property
+    def planes(self) -> int:
+        """Bytes of p."""
+        return 1 if self.qmax < 256 else 2
 
     @property
     def factor(self) -> int:
@@ -76,7 +120,12 @@ SIGMOID_SHIFT = SCORE_BITS + 5 - SIGMOID_BITS
 
 
 def int_probabilities(t: Array, probs: Probabilities) -> Array:
-    """uint8 codes of softmax or sigmoid of base-2 scores t (int32, 2**-SCORE_BITS), over the last axis."""
+    """p of base-2 scores t (int32, 2**-SCORE_BITS), over the last axis; uint8, of a codebook uint16."""
+    if probs.kind == "codebook":
+        assert probs.edges is not None and probs.values is not None  # by construction in realize
+        y = _distance(t, probs)
+        above = len(probs.edges) - np.searchsorted(probs.edges[::-1], y, side="right")
+        return probs.values[above]
     if probs.kind == "row_maximum":
         e = int_exp2(t.max(-1, keepdims=True) - t, 0)
         return ((e * probs.factor + (1 << (probs.shift - 1))) >> probs.shift).astype(np.uint8)
@@ -89,6 +138,16 @@ def int_probabilities(t: Array, probs: Probabilities) -> Array:
     half = 2 ** (SIGMOID_BITS - 1)
     index = np.clip((t + (1 << (SIGMOID_SHIFT - 1))) >> SIGMOID_SHIFT, -half, half - 1) + half
     return probs.table[index]
+
+
+def _distance(t: Array, probs: Probabilities) -> Array:
+    """y of a codebook: int32, 0 .. DISTANCE_MAX."""
+    d = t.max(-1, keepdims=True) - t
+    if probs.relative:
+        return np.minimum(d, DISTANCE_MAX)
+    total = int_exp2(d, probs.guard).sum(-1, keepdims=True, dtype=np.int32)
+    log_sum = int_log2(total) - ((EXP_BITS + probs.guard) << SCORE_BITS)
+    return np.minimum(d, DISTANCE_MAX - log_sum) + log_sum
 
 
 def int_attention(
@@ -108,13 +167,14 @@ def int_attention(
 ) -> Array:
     """Attention on codes, one head at a time in the kernels, all at once here.
 
-    q : int8 [B, H, Tq, D];  k : int8 [B, H, Tk, D];  v : int8 [B, H, Tk, Dv];  zero_q, zero_k, zero_v : int32
-    [H] ``t = round(float32((q - zero_q) @ (k - zero_k).T) * score_multiplier[h]) + sum(additive)``, int32
-    base-2 scores ``p = int_probabilities(t)``;  ``o = p @ (v - zero_v)``;  result requantize(o,
-    multiplier[h]) : [B, H, Tq, Dv]; with probabilities of kind row_maximum the multiplier of a row is the
-    float32 quotient ``multiplier[h] / float32(sum(p))``.
-    score_multiplier, multiplier : float32 [H]. additive : int32, broadcastable to [B, H, Tq, Tk], base-2
-        scores.
+    q : int8 [B, H, Tq, D];  k : int8 [B, H, Tk, D];  v : int8 [B, H, Tk, Dv]
+    zero_q, zero_k, zero_v : int32 [H];  score_multiplier, multiplier : float32 [H]
+    additive : int32, broadcastable to [B, H, Tq, Tk], base-2 scores
+
+    ``t = round(float32((q - zero_q) @ (k - zero_k).T) * score_multiplier[h]) + sum(additive)``, int32 base-2
+    scores;  ``p = int_probabilities(t)``;  ``o = (p - probs.zero) @ (v - zero_v)``;  result requantize(o,
+    multiplier[h]) : [B, H, Tq, Dv]. With probabilities relative to their row (`by_row`) the multiplier of a
+    row is the float32 quotient ``multiplier[h] / float32(sum(p))``.
     """
     per_head = (slice(None), None, None)
     zq, zk, zv = (np.asarray(z, np.int32)[per_head] for z in (zero_q, zero_k, zero_v))
@@ -126,10 +186,11 @@ def int_attention(
     for term in additive:
         t = t + term
     p = int_probabilities(t, probs)
-    p_sum = p.astype(np.int32).sum(-1, keepdims=True)
-    o = integer_matmul(p, v) - zv * p_sum
+    p_sum = p.astype(np.int32).sum(-1, keepdims=True) - np.int32(probs.zero * p.shape[-1])
+    v_sum = v.astype(np.int32).sum(-2, keepdims=True)
+    o = integer_matmul(p, v) - np.int32(probs.zero) * v_sum - zv * p_sum
     zero = np.asarray(zero_point, np.int32)
     scale = np.asarray(multiplier, np.float32)[per_head]
-    if probs.kind == "row_maximum":
+    if probs.by_row:
         scale = scale / p_sum.astype(np.float32)
     return requantize(o, scale, zero[per_head] if zero.ndim else zero, out)

@@ -16,6 +16,7 @@ from tvm.ir.op import Op, register_op_attr
 
 from tvm_vitq import ffi
 from tvm_vitq.errors import VitqError
+from tvm_vitq.numerics import Array
 from tvm_vitq.numerics_attention import Probabilities
 
 Shape = list[int]
@@ -59,9 +60,21 @@ def call(name: str, args: list[relax.Expr], **attributes: Any) -> relax.Call:
     return relax.Call(Op.get(name), args, tvm.ir.make_node("ir.DictAttrs", **attributes))
 
 
-def probabilities_of(info: dict[str, Any]) -> Probabilities:
-    """The quantizer in the attributes of integer attention; its table is an operand."""
-    return Probabilities(info["probs"], info["prob_max"], info["numerator"], info["shift"], info["guard"])
+def probabilities_of(info: dict[str, Any], rest: list[Array]) -> Probabilities:
+    """The quantizer in the attributes of integer attention and in its operands behind zero_v, which it takes
+    out of `rest`.
+    """
+    operands = {"sigmoid": ("table",), "codebook": ("edges", "values")}.get(info["probs"], ())
+    return Probabilities(
+        info["probs"],
+        info["prob_max"],
+        info["numerator"],
+        info["shift"],
+        info["guard"],
+        **{name: rest.pop(0) for name in operands},
+        zero=info.get("prob_zero", 0),
+        relative=info.get("relative", False),
+    )
 
 
 def op_name(expr: relax.Expr) -> str:

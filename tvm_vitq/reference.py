@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -44,9 +43,7 @@ def _layer_norm(a: Attributes, x: Array, gain: Array, offset: Array) -> Array:
 
 def _attention(a: Attributes, q: Array, k: Array, v: Array, *rest: Array) -> Array:
     score, multiplier, zero_q, zero_k, zero_v, *additive = rest
-    probs = probabilities_of(a)
-    if probs.kind == "sigmoid":
-        probs = dataclasses.replace(probs, table=additive.pop(0))
+    probs = probabilities_of(a, additive)
     return numerics_attention.int_attention(
         q, k, v, score, multiplier, tuple(additive), zero_q=zero_q, zero_k=zero_k, zero_v=zero_v,
         zero_point=a["zero_point"], probs=probs, out=_output(a),

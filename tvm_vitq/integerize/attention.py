@@ -10,15 +10,19 @@ import numpy as np
 from tvm_vitq.errors import VitqError
 from tvm_vitq.formats import Format
 from tvm_vitq.integerize.activation import sigmoid_table
+from tvm_vitq.integerize.codebook import codebook_probabilities, largest_total, probability_step
 from tvm_vitq.integerize.headroom import INT32_MAX, require
 from tvm_vitq.numerics import Array
 from tvm_vitq.numerics_attention import EXP_BITS, SCORE_BITS, Probabilities, exp2_guard_bits
+from tvm_vitq.plan import SiteQuantizer
+from tvm_vitq.quantizers import RowMaximum, codec_of
+from tvm_vitq.quantizers.codebook import Codebook
 
 ADDITIVE_MAX = 2**26
 """Limit of additive scores: as base-2 exponents +-2**14, beyond which a probability is 0 anyway."""
 
 ROW_KEYS = 8192
-"""Most keys of a row whose codes may all be 255: kernels add them up in 32 lanes of 16 bits."""
+"""Most keys of a row whose bytes may all be 255: kernels add them up in 32 lanes of 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -42,22 +46,27 @@ def _per_head(value: Array, heads: int, dtype: type) -> Array:
     return np.broadcast_to(np.asarray(value), (heads,)).astype(dtype)
 
 
+def site_probabilities(
+    kind: str, quantizer: SiteQuantizer, keys: int, site: str
+) -> tuple[Probabilities, float]:
+    """The integer form of a plan's quantizer of probabilities, and what one unit of its p is worth (1 if the
+    result is divided by the row's sum).
+    """
+    codec = codec_of(quantizer)
+    if isinstance(codec, Codebook):
+        _require_rows(kind, keys, "by a codebook", site, "ask for the uniform quantizer at this site")
+        return codebook_probabilities(codec, quantizer, keys, site), probability_step(codec, quantizer)
+    step = None if isinstance(codec, RowMaximum) else float(quantizer.scale[0])
+    return probabilities(kind, quantizer.bits, step, keys, site), step or 1.0
+
+
 def probabilities(kind: str, bits: int, scale: float | None, keys: int, site: str) -> Probabilities:
     """Quantizer of probabilities with step `scale`, ``0 <= code <= 2**bits - 1``; None: relative to
     the largest probability of each row.
     """
     qmax = 2**bits - 1
     if scale is None:
-        if kind != "softmax":
-            raise VitqError("only softmax can be quantized relative to its row", where=site, got=kind)
-        if keys > ROW_KEYS:
-            raise VitqError(
-                "too many keys for probabilities relative to their row",
-                where=site,
-                got=keys,
-                expected=f"at most {ROW_KEYS} tokens",
-                fix='ask for granularity "tensor" of this site',
-            )
+        _require_rows(kind, keys, "relative to its row", site, 'ask for granularity "tensor" of this site')
         return Probabilities("row_maximum", qmax, shift=EXP_BITS + 16 - bits)
     if kind == "sigmoid":
         return Probabilities("sigmoid", qmax, table=sigmoid_table(scale, qmax))
@@ -70,6 +79,20 @@ def probabilities(kind: str, bits: int, scale: float | None, keys: int, site: st
             "too many keys for the integer softmax", where=site, got=keys, expected="at most 65535 tokens"
         )
     return Probabilities("softmax", qmax, round(2**shift / scale), shift, guard)
+
+
+def _require_rows(kind: str, keys: int, how: str, site: str, fix: str) -> None:
+    """Softmax, and as many keys as the kernel's sums of a row hold."""
+    if kind != "softmax":
+        raise VitqError(f"only softmax can be quantized {how}", where=site, got=kind, fix=fix)
+    if keys > ROW_KEYS:
+        raise VitqError(
+            f"too many keys for softmax quantized {how}",
+            where=site,
+            got=keys,
+            expected=f"at most {ROW_KEYS} tokens",
+            fix=fix,
+        )
 
 
 def attention_constants(
@@ -90,7 +113,11 @@ def attention_constants(
     head.
     """
     require(_largest(q) * _largest(k) * depth, site, "q @ k", "use fewer bits or fewer channels per head")
-    require(probs.qmax * _largest(v) * keys, site, "probabilities @ v", "use fewer bits or fewer tokens")
+    if probs.kind == "codebook":
+        total, fix = largest_total(probs, keys), "use a smaller grid, fewer bits or fewer tokens"
+        require(total * max(_largest(v), 128), site, "probabilities @ v", fix)
+    else:
+        require(probs.qmax * _largest(v) * keys, site, "probabilities @ v", "use fewer bits or fewer tokens")
     score = q.scale * k.scale * scale * math.log2(math.e) * 2.0**SCORE_BITS
     return AttentionConstants(
         _per_head(score, heads, np.float32),
