@@ -41,7 +41,7 @@ LOG2 = (
 """Quantizers of the probabilities, block by block."""
 
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    # name: (graph, options of calibrate, books). Odd sizes on purpose: tails in rows, columns, depths and keys.
+    # name: (graph, options of calibrate, books). Odd sizes on purpose: tails in rows, columns, depths, keys.
     "vit": (lambda g: g.tiny_vit(dim=48, heads=3, image=28, classes=37, batch=1), {}),
     "vit_batch": (lambda g: g.tiny_vit(batch=3, outliers=20.0, bias=True), {"bits": "w4a4"}),
     "gated": (
