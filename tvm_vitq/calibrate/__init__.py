@@ -49,8 +49,9 @@ def calibrate(
     recipe : name or Recipe.
     calibration : images; see `sources.load_images`. None: synthesized.
     overrides : by site or layer name or pattern, bits and granularity; see `site_rules.resolve_specs`.
-    granularities : defaults per kind of operand.
-    requantize : "multiply", or "shift" for plans whose requantization constants are powers of two.
+    granularities : defaults per kind of operand; None: the recipe's.
+    requantize : "multiply", or "shift" for plans whose requantization constants are powers of two. A recipe
+        whose scales are all powers of two implies "shift".
     limit : calibration images used at most.
     progress : whether bars are shown.
 
@@ -76,8 +77,9 @@ def calibrate(
             got=requantize,
             expected=" or ".join(REQUANTIZE_KINDS),
         )
+    requantize = method.requantize or requantize
     names = [site.name for site in list_sites(model.mod)]
-    asked = granularities or Granularities(probs="tensor" if requantize == "shift" else "token")
+    asked = granularities or method.granularities(requantize)
     specs = resolve_specs(
         names, bits, image_sites=image_sites(model.mod), granularities=asked, overrides=overrides
     )

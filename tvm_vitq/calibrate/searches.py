@@ -105,6 +105,17 @@ def unseen(rule: RangeRule) -> RangeRule:
     return widened
 
 
+def symmetric(inner: RangeRule) -> RangeRule:
+    """The ranges of `inner`, widened to lie around zero. An unsigned quantizer then has the zero point
+    ``2**(bits - 1)``: the symmetric quantizer of activations with codes from ``-2**(bits - 1)`` on.
+    """
+
+    def rule(summary: Summary, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
+        return _symmetric(*inner(summary, bits, signed))
+
+    return rule
+
+
 def by_bits(narrow: RangeRule, wide: RangeRule, limit: int = 8) -> RangeRule:
     """`wide` from `limit` bits on, `narrow` below: with many levels clipping costs more than it gains."""
 

@@ -9,6 +9,7 @@ from tvm_vitq.recipes.fq_vit import FQViT
 from tvm_vitq.recipes.minmax import MinMax
 from tvm_vitq.recipes.mse import MeanSquaredError
 from tvm_vitq.recipes.percentile import Percentile
+from tvm_vitq.recipes.ptq4vit import PTQ4ViT
 from tvm_vitq.recipes.repq_vit import RepQViT
 
 ALL: tuple[type[Recipe], ...] = (
@@ -18,6 +19,7 @@ ALL: tuple[type[Recipe], ...] = (
     Auto,
     RepQViT,
     FQViT,
+    PTQ4ViT,
 )
 
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in ALL}

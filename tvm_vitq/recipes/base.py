@@ -6,6 +6,8 @@ import dataclasses
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tvm_vitq.site_rules import Granularities
+
 if TYPE_CHECKING:
     from tvm_vitq.calibrate.job import Job
 
@@ -17,13 +19,21 @@ class Recipe(ABC):
     A subclass composes shared steps: observe the statistics it needs, choose ranges, change constants of the
     module, fill ``job.quantizers`` for every site. It lives in a file of its own and is listed in
     ``recipes/__init__.py``.
+
+    requantize : what the method implies ("shift": all its scales are powers of two), whatever else is asked;
+        None: nothing.
     """
 
     name: ClassVar[str]
+    requantize: ClassVar[str | None] = None
 
     @abstractmethod
     def fit(self, job: Job) -> None:
         """Fit every quantizer of the job and fill its ranges."""
+
+    def granularities(self, requantize: str) -> Granularities:
+        """The method's defaults, for plans that requantize so."""
+        return Granularities(probs="tensor" if requantize == "shift" else "token")
 
     def parameters(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
