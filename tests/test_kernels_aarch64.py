@@ -6,11 +6,28 @@ import re
 
 import numpy as np
 import pytest
-from kernel_cases import CODES, LINEARS, WIDE, attention_case, layer_norm_case, linear_case
+from kernel_cases import CODES, LINEARS, WIDE, attention_case, book, layer_norm_case, linear_case
 from kernel_library import Case, compile_cases, export_cases, split_results
 
 from tvm_vitq import emulate
+from tvm_vitq.numerics_attention import Probabilities
 from tvm_vitq.schedules.isa import isa
+
+BOOKS = {
+    # name: shape, book, additive terms
+    "book_3_bits": ((1, 1, 3, 37, 20, 23), book(8, 37, 200), ()),
+    "book_4_bits": ((1, 2, 21, 21, 32, 32), book(16, 21), ()),
+    "book_row": ((1, 2, 21, 21, 32, 24), book(17, 21, relative=True), ()),
+    "book_windows": ((4, 2, 9, 9, 16, 24), book(16, 9, 255, least=1), ((1, 2, 9), (2, 1, 9))),
+    "book_6_bits": ((1, 2, 19, 19, 16, 16), book(64, 19, zero=77), ()),
+    "book_8_bits": ((1, 1, 5, 50, 16, 16), book(256, 50, 251, relative=True), ()),
+    "book_extreme": ((1, 1, 4, 16, 32, 16), book(16, 16, 2**16 - 1, least=2**16 - 1), ()),
+}
+
+
+def book_case(name: str, target: str, shape: tuple, probs: Probabilities, additive: tuple) -> Case:
+    extreme = "extreme" in name
+    return attention_case(name, target, shape, probs=probs, out=WIDE, additive=additive, extreme=extreme)
 
 
 def make_cases(target: str) -> list[Case]:
@@ -23,6 +40,7 @@ def make_cases(target: str) -> list[Case]:
     cases.append(attention_case("attention_extreme", target, (1, 1, 4, 16, 32, 16), extreme=True))
     cases.append(attention_case("row_maximum", target, (1, 2, 21, 21, 32, 24), step=None))
     cases.append(attention_case("windows", target, (4, 2, 9, 9, 16, 24), additive=((1, 2, 9), (2, 1, 9))))
+    cases += [book_case(name, target, *case) for name, case in BOOKS.items()]
     cases.append(attention_case("sigmoid", target, (1, 1, 5, 19, 16, 16), kind="sigmoid"))
     return cases
 
