@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from tvm_vitq.calibrate.job import Job
 from tvm_vitq.calibrate.observe import View, view_of
 from tvm_vitq.calibrate.searches import RangeRule, quantizer_numbers
@@ -68,6 +70,20 @@ def softmax_sites(job: Job, codec: str) -> Iterator[tuple[Site, SiteSpec]]:
             job.notes[site.name] = f"uniform: {codec} is for softmax, this is {site.kind}"
 
 
+GELUS = ("gelu", "gelu_tanh", "quick_gelu")
+"""Functions that are nowhere smaller than minus `GELU_SHIFT`."""
+
+
+def gelu_sites(job: Job, codec: str) -> Iterator[tuple[Site, SiteSpec]]:
+    """Inputs behind GELU that a codec for it can have; those behind other functions are noted."""
+    for site, spec in job.fitted_sites("input"):
+        if site.kind in GELUS and spec.granularity == "tensor":
+            yield site, spec
+        elif site.kind:
+            reason = f"this is per {spec.granularity}" if site.kind in GELUS else f"this is {site.kind}"
+            job.notes[site.name] = f"uniform: {codec} is for GELU and per tensor, {reason}"
+
+
 def fit_activations(job: Job, summaries: dict[str, Summary], rule: RangeRule) -> None:
     """Quantizers of all activations whose site is not fitted yet, from their summaries."""
     for site, spec in job.progress(list(job.fitted_sites(*ACTIVATIONS)), "activations"):
@@ -98,11 +114,15 @@ def fit_probabilities(job: Job, summaries: dict[str, Summary], rule: RangeRule) 
 
 def fit_weights(job: Job, rule: RangeRule) -> None:
     """Symmetric quantizers of all weights, from the weights themselves as they are now."""
-    for site, spec in job.progress(list(job.fitted_sites("weight")), "weights"):
-        empty = empty_quantizer(job, site, spec)
-        weight = job.weight(site.layer)
-        rows = rows_of(weight, empty.granularity, empty.axis, empty.group_size)
-        job.quantizers[site.name] = _filled(empty, Summary.of(rows), rule)
+    for site, _ in job.progress(list(job.fitted_sites("weight")), "weights"):
+        job.quantizers[site.name] = fit_weight(job, site, job.weight(site.layer), rule)
+
+
+def fit_weight(job: Job, site: Site, weight: Tensor, rule: RangeRule) -> SiteQuantizer:
+    """The symmetric quantizer of one layer's weight [N, K]."""
+    empty = empty_quantizer(job, site, job.specs[site.name])
+    rows = rows_of(weight, empty.granularity, empty.axis, empty.group_size)
+    return _filled(empty, Summary.of(rows), rule)
 
 
 def _filled(empty: SiteQuantizer, summary: Summary, rule: RangeRule) -> SiteQuantizer:

@@ -43,7 +43,7 @@ class Job:
     mod : the annotated module; `replace` changes its constants.
     specs, aliases : what each site asks for, and which sites share the quantizer of another.
     images : float32 [N, 3, H, W].
-    work : folder that keeps what long steps have finished, so that they can be resumed; None: nothing is kept.
+    work : folder that keeps what long steps have finished, to resume from; None: nothing is kept.
 
     Attributes
     ----------

@@ -69,10 +69,11 @@ class SquaredError(Loss):
 
 @dataclass(frozen=True)
 class Fisher(Loss):
-    """``mean(F (y^ - y)**2)`` with the diagonal of the Fisher matrix at the unit's output, averaged over images.
+    """``mean(F (y^ - y)**2)`` with the diagonal of the Fisher matrix at the unit's output, over all images.
 
-    ``F = E[g**2]`` with g the gradient of the logits' log-likelihood under labels drawn from the float model's
-    own prediction (BRECQ weights with squared gradients; APHQ-ViT's perturbation estimates the same diagonal).
+    ``F = E[g**2]`` with g the gradient of the logits' log-likelihood under labels drawn from the float
+    model's own prediction (BRECQ weights with squared gradients; APHQ-ViT's perturbation estimates the same
+    diagonal).
 
     temperature : softens the prediction.
     """
@@ -119,8 +120,8 @@ class WithSuffix(Loss):
 
 @dataclass(frozen=True)
 class AttentionDivergence(Loss):
-    """ADFQ-ViT: another loss plus ``share * KL(A || A^)`` between the float and the quantized model's attention
-    maps. The other loss is taken relative to the variance of the targets.
+    """ADFQ-ViT: another loss plus ``share * KL(A || A^)`` between the attention maps of the float and the
+    quantized model. The other loss is taken relative to the variance of the targets.
     """
 
     share: float = 0.1

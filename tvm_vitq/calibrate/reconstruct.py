@@ -19,7 +19,7 @@ import math
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from tvm_vitq.calibrate.executor import Executor, Hooks
 from tvm_vitq.calibrate.job import Cost, Job
 from tvm_vitq.calibrate.losses import CHUNK, Batch, Context, Loss, Measure, SquaredError
 from tvm_vitq.calibrate.rounding import AdaRound, Weight
+from tvm_vitq.calibrate.simulate import FakeQuantize
 from tvm_vitq.errors import VitqError
 from tvm_vitq.files import written_whole
 from tvm_vitq.plan import SiteQuantizer
@@ -66,7 +67,7 @@ class Settings:
     rounding: float = 1.0
     warmup: float = 0.2
     beta: tuple[float, float] = (20.0, 2.0)
-    loss: Loss = SquaredError()
+    loss: Loss = field(default_factory=SquaredError)
 
 
 def reconstruct(
@@ -112,11 +113,10 @@ def reconstruct(
         student.constants |= found.constants
         for site, scale in found.scales.items():
             job.quantizers[site] = dataclasses.replace(job.quantizers[site], scale=scale.tolist())
-        recorder = _Quantized(job.quantizers)
+        hooks = Quantized(job.quantizers)
         with torch.no_grad():
-            quantized = student.run_between(unit.start, unit.stop, quantized, recorder, CHUNK)
-        for name, largest in recorder.ranges.items():
-            job.ranges[name] = max(largest, job.ranges.get(name, 0.0))
+            quantized = student.run_between(unit.start, unit.stop, quantized, hooks, CHUNK)
+        hooks.widen(job.ranges)
         exact = target
     bar.close()
     job.replace({name: value.numpy() for name, value in changed.items()})
@@ -131,12 +131,16 @@ class Fitted:
     scales: dict[str, Tensor]
 
 
-class _Quantized(Hooks):
-    """Quantizes activations as the plan will; weights are hardened in the constants."""
+class Quantized(Hooks):
+    """Quantizes activations as the plan will, but not weights: those in the constants are already.
+
+    `widen` raises ranges to what came by. Sites without quantizer stay in float.
+    """
 
     def __init__(self, quantizers: dict[str, SiteQuantizer]) -> None:
-        self.quantizers = quantizers
+        self.quantizers = FakeQuantize({n: q for n, q in quantizers.items() if not n.endswith(".weight")})
         self.ranges: dict[str, float] = {}
+        self.maps: dict[str, Tensor] = {}
 
     def value(self, name: str, x: Tensor) -> Tensor:
         if x.is_floating_point():
@@ -144,13 +148,15 @@ class _Quantized(Hooks):
         return x
 
     def quantize(self, site: str, x: Tensor) -> Tensor:
-        quantizer = self.quantizers[site]
-        codec = codec_of(quantizer)
-        numbers = {key: torch.from_numpy(v) for key, v in codec.parameters(quantizer).items()}
-        return codec.fake_quantize(x, quantizer, numbers)
+        return self.quantizers.apply(site, x)
 
     def probs(self, site: str, probs: Tensor) -> Tensor:
+        self.maps[site] = probs
         return self.quantize(site, probs)
+
+    def widen(self, ranges: dict[str, float]) -> None:
+        for name, largest in self.ranges.items():
+            ranges[name] = max(largest, ranges.get(name, 0.0))
 
 
 class _Training(Hooks):
@@ -163,7 +169,7 @@ class _Training(Hooks):
         self.settings, self.unit = settings, context.unit
         self.generator = torch.Generator().manual_seed(seed)
         self.quantizers = job.quantizers
-        self.drop, self.seen = 0.0, dict[str, Tensor]()
+        self.drop, self.maps = 0.0, dict[str, Tensor]()
         names = [f"{layer}.weight" for layer in self.unit.layers]
         originals = {name: student.constants[name] for name in names if name in student.constants}
         self.weights = {n: settings.weights(w, job.quantizers[n]) for n, w in originals.items()}
@@ -189,13 +195,12 @@ class _Training(Hooks):
         measure = settings.loss.prepare(self.context)
         untrained = self.fitted()
         before = self.error(measure, untrained)
-        groups = [
-            {"params": [p for w in self.weights.values() for p in w.trained], "lr": settings.rate},
-            {"params": list(self.logs.values()), "lr": settings.rate_scales},
-            {"params": list(self.moves.values()), "lr": settings.rate_biases},
-        ]
-        groups[0]["lr"] *= settings.weights.rate
-        groups = [g for g in groups if g["params"] and g["lr"]]
+        rates = (
+            ([p for w in self.weights.values() for p in w.trained], settings.rate * settings.weights.rate),
+            (list(self.logs.values()), settings.rate_scales),
+            (list(self.moves.values()), settings.rate_biases),
+        )
+        groups = [{"params": params, "lr": rate} for params, rate in rates if params and rate]
         if not groups or not settings.iterations:
             return untrained
         optimizer = torch.optim.Adam(groups)
@@ -233,15 +238,15 @@ class _Training(Hooks):
         x = self.quantized[index]
         if settings.float_inputs:
             exact = self.context.inputs[index]
-            x = torch.where(_mask(x.shape, settings.float_inputs, self.generator), exact, x)
+            x = torch.lerp(x, exact, _mask(x.shape, settings.float_inputs, self.generator))
         kept = {name: self.student.constants[name] for name in self.biases}
         if settings.rate_biases:
             for name, size in self.biases.items():
                 self.student.constants[name] = kept[name] + size * self.moves[name]
-        self.drop, self.seen = settings.drop, {}
+        self.drop, self.maps = settings.drop, {}
         output = self.student.run_between(self.unit.start, self.unit.stop, x, self)
         self.student.constants |= kept
-        return measure(Batch(output, self.context.targets[index], index, self.seen))
+        return measure(Batch(output, self.context.targets[index], index, self.maps))
 
     def error(self, measure: Measure, fitted: Fitted) -> float:
         """The loss over all images as the plan will run."""
@@ -253,10 +258,10 @@ class _Training(Hooks):
         total = 0.0
         with torch.no_grad():
             for index in torch.arange(len(self.quantized)).split(CHUNK):
-                hooks = _Evaluated(quantizers)
+                hooks = Quantized(quantizers)
                 x = self.quantized[index]
                 output = self.student.run_between(self.unit.start, self.unit.stop, x, hooks)
-                batch = Batch(output, self.context.targets[index], index, hooks.seen)
+                batch = Batch(output, self.context.targets[index], index, hooks.maps)
                 total += len(index) * float(measure(batch))
         self.student.constants |= kept
         return total / len(self.quantized)
@@ -281,33 +286,32 @@ class _Training(Hooks):
         quantized = codec_of(quantizer).fake_quantize(x, quantizer, numbers)
         if not self.drop:
             return quantized
-        return torch.where(_mask(x.shape, self.drop, self.generator), x, quantized)
+        return _Mix.apply(quantized, x, _mask(x.shape, self.drop, self.generator))
 
     def probs(self, site: str, probs: Tensor) -> Tensor:
-        self.seen[site] = probs
+        self.maps[site] = probs
         return self.quantize(site, probs)
 
 
-class _Evaluated(_Quantized):
-    """Also remembers attention maps."""
-
-    def __init__(self, quantizers: dict[str, SiteQuantizer]) -> None:
-        super().__init__(quantizers)
-        self.seen: dict[str, Tensor] = {}
-
-    def value(self, name: str, x: Tensor) -> Tensor:
-        return x
-
-    def probs(self, site: str, probs: Tensor) -> Tensor:
-        self.seen[site] = probs
-        return super().probs(site, probs)
-
-
 def _mask(shape: Sequence[int], share: float, generator: torch.Generator) -> Tensor:
-    """True with probability `share` (to 1/256): a byte per element is cheaper than a float."""
+    """1 with probability `share` (to 1/256), else 0; a random byte per element is cheaper than a float."""
     count = math.prod(shape)
     words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    return (words.view(torch.uint8)[:count] < round(256 * share)).view(*shape)
+    return (words.view(torch.uint8)[:count] < round(256 * share)).float().view(*shape)
+
+
+class _Mix(torch.autograd.Function):
+    """``torch.lerp(x, y, mask)`` for masks of zeros and ones, faster than `torch.where` and its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return torch.lerp(x, y, mask)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        to_y = gradient * ctx.saved_tensors[0]
+        return gradient - to_y, to_y, None
 
 
 class _Store:

@@ -5,8 +5,8 @@ correlated inputs can cancel. AdaRound (Nagel et al. 2020) learns for each weigh
 
     w^ = s clip(floor(w / s) + h(V), -m, m),    h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1),
 
-from ``h(V) = w / s - floor(w / s)`` on, with the penalty ``sum(1 - |2 h(V) - 1|**beta)`` that drives h to 0 or
-1 as beta falls from 20 to 2. `StraightThrough` trains the weights themselves through the rounding (LSQ,
+from ``h(V) = w / s - floor(w / s)`` on, with the penalty ``sum(1 - |2 h(V) - 1|**beta)`` that drives h to 0
+or 1 as beta falls from 20 to 2. `StraightThrough` trains the weights themselves through the rounding (LSQ,
 I&S-ViT, GLF-Q). Both count in steps s, so one learning rate fits all layers and widths.
 """
 
