@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tvm_vitq.errors import VitqError, nearest
+from tvm_vitq.recipes.adalog import AdaLog
 from tvm_vitq.recipes.auto import Auto
 from tvm_vitq.recipes.base import Recipe
 from tvm_vitq.recipes.fq_vit import FQViT
@@ -20,6 +21,7 @@ ALL: tuple[type[Recipe], ...] = (
     RepQViT,
     FQViT,
     PTQ4ViT,
+    AdaLog,
 )
 
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in ALL}

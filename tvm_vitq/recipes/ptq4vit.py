@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from tvm_vitq.calibrate.output_search import Error, Step
     from tvm_vitq.plan import SiteQuantizer
 
-GELUS = ("gelu", "gelu_tanh", "quick_gelu")
-"""Functions that are nowhere smaller than minus `GELU_SHIFT`."""
-
 
 @dataclass(frozen=True)
 class PTQ4ViT(Recipe):
@@ -69,18 +66,13 @@ class PTQ4ViT(Recipe):
 
     def _twins(self, job: Job) -> None:
         from tvm_vitq.calibrate.codebooks import probability_codebook
-        from tvm_vitq.calibrate.fit import softmax_sites
+        from tvm_vitq.calibrate.fit import gelu_sites, softmax_sites
         from tvm_vitq.plan import SiteQuantizer
 
         for site, spec in softmax_sites(job, "twin_uniform"):
             job.quantizers[site.name] = probability_codebook("twin_uniform", spec.bits)
-        for site, spec in job.fitted_sites("input"):
-            if site.kind in GELUS and spec.granularity == "tensor":
-                empty = SiteQuantizer(spec.bits, [1.0], [0], "twin_uniform_gelu")
-                job.quantizers[site.name] = _gelu(empty, 2)
-            elif site.kind:
-                reason = f"per {spec.granularity}" if site.kind in GELUS else f"this is {site.kind}"
-                job.notes[site.name] = f"uniform: twin_uniform_gelu is for GELU per tensor, {reason}"
+        for site, spec in gelu_sites(job, "twin_uniform_gelu"):
+            job.quantizers[site.name] = _gelu(SiteQuantizer(spec.bits, [], [0], "twin_uniform_gelu"), 2)
 
 
 def _gelu(quantizer: SiteQuantizer, m: int) -> SiteQuantizer:
