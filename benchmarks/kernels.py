@@ -21,10 +21,12 @@ import numpy as np
 import tvm
 
 from tvm_vitq import targets
-from tvm_vitq.integerize.attention import probabilities
+from tvm_vitq.integerize.attention import probabilities, site_probabilities
 from tvm_vitq.numerics import Output
+from tvm_vitq.plan import SiteQuantizer
+from tvm_vitq.quantizers.codebook import PROBABILITY_GRID
 from tvm_vitq.schedules import tir
-from tvm_vitq.schedules.attention import Attention, Probs, View
+from tvm_vitq.schedules.attention import Attention, View
 from tvm_vitq.schedules.isa import Isa, isa
 from tvm_vitq.schedules.kernel import Argument, Kernel
 from tvm_vitq.schedules.layer_norm import LayerNorm
@@ -59,13 +61,16 @@ def kernels(name: str, model: Model, batch: int) -> dict[str, Any]:
     """Specifications of the kernels of one block, by what they are in it."""
     c, images = model.channels, batch * model.windows
     rows, depth = images * model.tokens, c // model.heads
-    probs = Probs.of(probabilities("softmax", 8, 1 / 255, model.tokens, "benchmark"))
+    by_row = probabilities("softmax", 8, None, model.tokens, "benchmark")
+    log2 = SiteQuantizer(4, [1.0], [0], "log2", params={"grid": PROBABILITY_GRID})
+    book, _ = site_probabilities("softmax", log2, model.tokens, "benchmark")
     views = [View(0, i * c, depth, model.tokens) for i in range(3)]
     sizes = (images, model.heads, model.tokens, model.tokens, depth, depth)
     return {
         "norm": LayerNorm(rows, c, CODES),
         "qkv": Linear(name, rows, 3 * c, c, CODES, zero_point="vector"),
-        "attention": Attention(name, *sizes, ((rows, 3 * c),), *views, probs, CODES),
+        "attention": Attention(name, *sizes, ((rows, 3 * c),), *views, by_row, CODES),
+        "attention, log2": Attention(name, *sizes, ((rows, 3 * c),), *views, book, CODES),
         "proj + residual": Linear(name, rows, c, c, WIDE, residual=True),
         "fc1 + gelu": Linear(name, rows, 4 * c, c, INDEX, lookup="int8", zero_point="scalar"),
         "fc2 + residual": Linear(name, rows, c, 4 * c, WIDE, residual=True),

@@ -99,7 +99,7 @@ class Attention:
     @property
     def book(self) -> Form | None:
         """The form of a codebook."""
-        return Form.of(self.probs) if self.probs.kind == "codebook" else None
+        return Form.of(self.probs, self.target.permute is not None) if self.probs.kind == "codebook" else None
 
     @property
     def name(self) -> str:

@@ -55,6 +55,9 @@ class AttentionBody:
         self.pv_depth = packing.padded(spec.tk, self.isa.unit)
         self.out_columns = packing.padded(spec.dv, GROUP)
         self.stride = packing.padded(spec.tk, 2 * LANES)
+        # Two bytes of p are one left operand where sums of (p - 2**15) * v fit int32.
+        joined = spec.probs.planes == 2 and self.isa.wide_left and spec.tk << 22 < 2**31
+        self.planes, self.left_source = (1, "uint16") if joined else (spec.probs.planes, "uint8")
 
     def emit(self) -> None:
         spec = self.spec
@@ -65,11 +68,11 @@ class AttentionBody:
             self.multiplier = tir.let(tir.load(self.b["multiplier"], self.head, 1))
             self.score_multiplier = tir.let(tir.load(self.b["score_multiplier"], self.head, 1))
             self.zero = [tir.let(tir.load(self.b["zeros"], [i, self.head], 1)) for i in range(5)]
-            self.lookup = None if spec.book is None else Lookup(spec.book, self.b)
+            self.lookup = None if spec.book is None else Lookup(spec.book, self.b, self.isa.permute)
             self.keys = self._pack_keys()
             self.values = self._pack_values()
             self.key_correction = self._key_correction()
-            self.value_correction = self._value_correction(self.isa.offset("uint8"))
+            self.value_correction = self._value_correction(self.isa.offset(self.left_source))
             self.zero_correction = self._value_correction(self.zero[4]) if spec.probs.zero else None
             self._allocate()
             with TB.serial(0, self.chunk.large) as i:
@@ -181,7 +184,7 @@ class AttentionBody:
         self.query = tir.scratch(rows * self.qk_depth, self.isa.left_dtype("int8"))
         self.scores = tir.scratch(rows * columns, "int32")
         self.exponentials = tir.scratch(rows * columns, "uint16")
-        planes = self.spec.probs.planes
+        planes = self.planes
         self.probs = tir.scratch(planes * rows * columns, self.isa.left_dtype("uint8"))
         self.sums = tir.scratch(planes * rows * self.out_columns, "int32")
         self.row_term = tir.scratch(rows, "int32")
@@ -192,12 +195,12 @@ class AttentionBody:
         self._product(self.query, self.qk_depth, self.qk_depth, self.keys, self._scores(row), "int8")
         probabilities.emit(self)
         columns = self.out_columns
-        for plane in range(self.spec.probs.planes):
+        for plane in range(self.planes):
             first = plane * self.rows.large
             self._product(
                 self.probs, self.stride, self.pv_depth, self.values,
                 lambda r, c, value, n, first=first: tir.store(self.sums, value, (first + r) * columns + c, n),
-                "uint8", first,
+                self.left_source, first,
             )  # fmt: skip
         self._output(row, self.rows.large)
 
@@ -258,7 +261,7 @@ class AttentionBody:
     def _sum(self, r: Expr, c: int, lanes: int) -> Expr:
         """``sum_t p[t] v[t, c]`` of a row, out of the sums of one or both bytes of p, high one first."""
         total = None
-        for plane in range(self.spec.probs.planes):
+        for plane in range(self.planes):
             value = tir.load(self.sums, (plane * self.rows.large + r) * self.out_columns + c, lanes)
             if self.value_correction is not None:
                 value = value + tir.load(self.value_correction, c, lanes)

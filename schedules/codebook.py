@@ -1,13 +1,19 @@
 """Quantizers of probabilities that are codebooks: their form as kernel arguments, and the lookup of p.
 
-Distances y and edges are kept as int16, less 2**15, for which every instruction set has comparisons. Up to
-CHAIN edges, all are compared: ``p = values[0] + sum_i (y < edges[i] ? values[i + 1] - values[i] : 0)``, two
-or three instructions each for as many lanes as a register has. With more edges, each y reads how many of them
-lie above the 2**BUCKET_BITS distances around it, and is compared with those that may lie among these.
+Distances y and edges are kept as int16, less 2**15, for which every instruction set has comparisons. There
+are three forms, for vectors of 2 * LANES distances:
+
+chain: all edges are compared, ``p = values[0] + sum_i (y < edges[i] ? values[i + 1] - values[i] : 0)``; two
+    or three instructions each for as many lanes as a register has.
+blocks: where an instruction picks lanes by variable positions, and no more than one edge lies inside any of
+    32 blocks of distances: y picks its edge, and p above and below it.
+buckets: y reads how many edges lie above the 2**BUCKET_BITS distances around it, one lane after the other,
+    and is compared with those that may lie among these.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,71 +41,93 @@ LAST = np.arange(2**BUCKET_BITS - 1, DISTANCE_MAX + 1, 2**BUCKET_BITS)
 MOST = 256 + 2**BUCKET_BITS
 """Room for the edges of 8 bits with a zero beside them, and for comparisons behind the last edge."""
 
+BLOCK = 2**16 // (2 * LANES)
+"""Distances in a block."""
+
 HALF = 2**15
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a kernel looks p up: a chain of `edges` comparisons, or (0) a bucket and `probes` comparisons."""
+    """Of a kernel's lookup: a `kind` and the number of comparisons for each distance."""
 
-    edges: int
-    probes: int = 0
+    kind: str
+    comparisons: int
 
     @staticmethod
-    def of(probs: Probabilities) -> Form:
-        """The form of a codebook."""
+    def of(probs: Probabilities, permutes: bool) -> Form:
+        """The form of a codebook for an instruction set that does or does not permute."""
         assert probs.edges is not None  # by construction in realize
+        inside = probs.edges[probs.edges % BLOCK > 0] // BLOCK
+        if permutes and len(np.unique(inside)) == len(inside):
+            return Form("blocks", 1)
         if len(probs.edges) <= CHAIN:
-            return Form(packing.padded(len(probs.edges), UNROLLED))
-        return Form(0, int(np.bincount(probs.edges - 1 >> BUCKET_BITS).max()))
+            return Form("chain", packing.padded(len(probs.edges), UNROLLED))
+        return Form("buckets", int(np.bincount(probs.edges - 1 >> BUCKET_BITS).max()))
 
     @property
     def name(self) -> str:
-        return f"chain{self.edges}" if self.edges else f"buckets{self.probes}"
-
-    @property
-    def room(self) -> int:
-        """Length of the array of edges."""
-        return self.edges or MOST
+        return f"{self.kind}{self.comparisons}"
 
     def arguments(self) -> list[Argument]:
-        """Edges, and values[0] with the differences; or least code of each bucket, edges, values."""
-        sizes = {"edges": (self.room, "int16"), "values": (self.room + 1, "uint16")}
-        if not self.edges:
-            sizes = {"buckets": (len(LAST), "uint16"), **sizes}
-        return [Argument(name, (size,), dtype, "constant") for name, (size, dtype) in sizes.items()]
+        """The arrays of `pack`."""
+        lengths = {
+            "chain": {"edges": self.comparisons, "values": self.comparisons + 1},
+            "blocks": {"edges": LANES * 2, "values": LANES * 4},
+            "buckets": {"edges": MOST, "values": MOST, "buckets": len(LAST)},
+        }[self.kind]
+        dtypes = {"edges": "int16", "values": "uint16", "buckets": "uint16"}
+        return [Argument(name, (size,), dtypes[name], "constant") for name, size in lengths.items()]
 
     def pack(self, probs: Probabilities) -> list[Array]:
-        """The arrays of `arguments`."""
+        """chain: edges, and values[0] with the differences. blocks: edge of each block, p not below and below
+        it; blocks in the order of the upper bits of int16 distances. buckets: edges, values, and the code
+        of the last distance of each bucket.
+        """
         assert probs.edges is not None and probs.values is not None  # by construction in realize
-        edges, values = np.full(self.room, -HALF, np.int16), np.zeros(self.room + 1, np.uint16)
+        edges, *rest = (np.zeros(a.shape, a.dtype) for a in self.arguments())
+        edges[:] = -HALF
+        if self.kind == "blocks":
+            first = np.roll(np.arange(0, DISTANCE_MAX, BLOCK), LANES)
+            inside = probs.edges[probs.edges % BLOCK > 0]
+            edges[(inside // BLOCK + LANES) % (2 * LANES)] = inside - HALF
+            codes = above(probs.edges, np.concatenate([first + BLOCK - 1, first]))
+            rest[0][:] = probs.values[codes]
+            return [edges, *rest]
         edges[: len(probs.edges)] = probs.edges - HALF
-        if self.edges:
-            values[: len(probs.values)] = np.diff(probs.values.astype(np.int32), prepend=0)
-            return [edges, values]
-        values[: len(probs.values)] = probs.values
-        above = len(probs.edges) - np.searchsorted(probs.edges[::-1], LAST, side="right")
-        return [above.astype(np.uint16), edges, values]
+        if self.kind == "chain":
+            rest[0][: len(probs.values)] = np.diff(probs.values.astype(np.int32), prepend=0)
+        else:
+            rest[0][: len(probs.values)], rest[1][:] = probs.values, above(probs.edges, LAST)
+        return [edges, *rest]
 
 
 class Lookup:
     """Emits ``p = values[number of edges above y]`` for vectors of 2 * LANES distances."""
 
-    def __init__(self, form: Form, buffers: dict[str, Expr]) -> None:
-        self.form, self.b, self.lanes = form, buffers, 2 * LANES
-        if form.edges:
-            self.edges = [self._splat("edges", i) for i in range(form.edges)]
-            self.steps = [self._splat("values", i) for i in range(form.edges + 1)]
+    def __init__(self, form: Form, buffers: dict[str, Expr], permute: str | None) -> None:
+        self.form, self.b, self.permute, self.lanes = form, buffers, permute, 2 * LANES
+        emit = {"chain": self._chain, "blocks": self._blocks, "buckets": self._buckets}
+        self.emit: Callable[[Expr], Expr] = emit[form.kind]
+        if form.kind == "chain":
+            self.edges = [self._splat("edges", i) for i in range(form.comparisons)]
+            self.steps = [self._splat("values", i) for i in range(form.comparisons + 1)]
+        elif form.kind == "blocks":
+            parts = (("edges", 0), ("values", 0), ("values", self.lanes))
+            self.tables = [tir.let(tir.load(buffers[name], at, self.lanes)) for name, at in parts]
         else:
-            self.codes = tir.scratch(self.lanes, "int16")
-            self.found = tir.scratch(self.lanes, "uint16")
-
-    def _splat(self, name: str, i: int) -> Expr:
-        return tir.let(tir.splat(tir.load(self.b[name], i, 1), self.lanes))
+            self.distances, self.found = (tir.scratch(self.lanes, t) for t in ("int16", "uint16"))
 
     def __call__(self, y: Expr) -> Expr:
         """uint16 p of int16 distances."""
-        return self._chain(tir.let(y)) if self.form.edges else self._bucket(y)
+        return self.emit(tir.let(y))
+
+    def farthest(self) -> Expr:
+        """p of DISTANCE_MAX."""
+        return tir.load(self.b["values"], LANES - 1 if self.form.kind == "blocks" else 0, 1)
+
+    def _splat(self, name: str, i: int) -> Expr:
+        return tir.let(tir.splat(tir.load(self.b[name], i, 1), self.lanes))
 
     def _chain(self, y: Expr) -> Expr:
         zero = tir.constant(0, "uint16", self.lanes)
@@ -108,14 +136,27 @@ class Lookup:
             p = tir.let(p + tir.select(y < edge, step, zero))
         return p
 
-    def _bucket(self, y: Expr) -> Expr:
-        tir.store(self.codes, y, 0, self.lanes)
+    def _blocks(self, y: Expr) -> Expr:
+        block = tir.let(y >> tir.constant(BLOCK.bit_length() - 1, "int16", self.lanes))
+        types = (f"{t}x{self.lanes}" for t in ("int16", "uint16", "uint16"))
+        edge, far, near = (
+            tir.intrinsic(self.permute, t, table, block) for t, table in zip(types, self.tables, strict=True)
+        )
+        return tir.select(y < edge, near, far)
+
+    def _buckets(self, y: Expr) -> Expr:
+        tir.store(self.distances, y, 0, self.lanes)
         with TB.serial(0, self.lanes) as i:
-            one = tir.let(tir.cast(tir.load(self.codes, i, 1), "int32", 1))
+            one = tir.let(tir.cast(tir.load(self.distances, i, 1), "int32", 1))
             bucket = (one + HALF) >> tir.constant(BUCKET_BITS, "int32", 1)
             code = tir.let(tir.cast(tir.load(self.b["buckets"], bucket, 1), "int32", 1))
-            for _ in range(self.form.probes):
+            for _ in range(self.form.comparisons):
                 edge = tir.cast(tir.load(self.b["edges"], code, 1), "int32", 1)
                 code = tir.let(code + tir.cast(one < edge, "int32", 1))
             tir.store(self.found, tir.load(self.b["values"], code, 1), i, 1)
         return tir.load(self.found, 0, self.lanes)
+
+
+def above(edges: Array, y: Array) -> Array:
+    """Number of descending edges above each y."""
+    return len(edges) - np.searchsorted(edges[::-1], y, side="right")

@@ -63,6 +63,10 @@ class Isa:
         The default register tile.
     has_side : bool
         `matmul` takes `side`: its inner loop leaves issue slots for scalar work.
+    wide_left : bool
+        Left operands are staged as int16, so that those of source "uint16" exist, less 2**15.
+    permute : str or None
+        LLVM intrinsic that picks lanes of a vector of 32 16-bit elements by the low bits of another one's.
     saturating_rint : function or None
         float32 to int32 as one instruction that saturates, if there is one; outputs are then clipped as
         integers.
@@ -75,6 +79,8 @@ class Isa:
     instruction: str
     tile: Tile
     has_side: bool = False
+    wide_left: bool = False
+    permute: str | None = None
     saturating_rint: SaturatingRint | None = None
 
     def left_dtype(self, source: str) -> str:

@@ -15,13 +15,19 @@ class Avx2(Isa):
     step = 2
     unit = 2
     instruction = "vpmaddwd"
+    wide_left = True
     tile = Tile(rows=4, columns=16)
     madd = "llvm.x86.avx2.pmadd.wd"
 
     def left_dtype(self, source: str) -> str:
         return "int16"
 
+    def offset(self, source: str) -> int:
+        return -(2**15) if source == "uint16" else 0
+
     def convert_left(self, value: Expr, source: str, lanes: int) -> Expr:
+        if source == "uint16":
+            return tir.reinterpret(value + tir.constant(2**15, "uint16", lanes), f"int16x{lanes}")
         return tir.cast(value, "int16", lanes)
 
     def broadcast_left(self, word: Expr, source: str) -> Expr:

@@ -20,6 +20,7 @@ class Avx512Vnni(Isa):
     unit = 4
     instruction = "vpdpbusd"
     has_side = True
+    permute: str | None = "llvm.x86.avx512.permvar.hi.512"
     tile = Tile(rows=6, columns=64)
     dot_intrinsic = "llvm.x86.avx512.vpdpbusd.512"
 

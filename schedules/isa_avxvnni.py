@@ -11,6 +11,7 @@ class AvxVnni(Avx512Vnni):
 
     name = "avxvnni"
     lanes = 8
+    permute = None
     tile = Tile(rows=6, columns=16)
     dot_intrinsic = "llvm.x86.avx512.vpdpbusd.256"
 

@@ -151,21 +151,25 @@ def _look_up(body: AttentionBody, r: Expr, highest: Expr, log_sums: Expr) -> Non
     log_sum = tir.constant(0, "int32", 1) if probs.relative else tir.let(tir.load(log_sums, r, 1))
     farthest = tir.let(tir.splat(tir.constant(DISTANCE_MAX, "int32", 1) - log_sum))
     offset = tir.let(tir.splat(tir.cast(log_sum + HALF, "uint16", 1), lanes))
+    eight, low_byte = (tir.constant(c, "uint16", lanes) for c in (8, 255))
     with TB.serial(0, body.stride // lanes) as i:
         at = tir.let(r * body.stride + i * lanes)
         d = [tir.let(tir.minimum(top - tir.load(body.scores, at + half), farthest)) for half in (0, LANES)]
         p = tir.let(body.lookup(tir.reinterpret(tir.halves(d, high=False) + offset, f"int16x{lanes}")))
-        planes = [p] if probs.planes == 1 else [p >> tir.constant(8, "uint16", lanes), p]
-        for plane, (value, total) in enumerate(zip(planes, totals, strict=True)):
-            byte = tir.let(tir.cast(value, "uint8", lanes))
-            left = body.isa.convert_left(byte, "uint8", lanes)
+        parts = [p] if probs.planes == 1 else [p >> eight, p & low_byte]
+        for part, total in zip(parts, totals, strict=True):
+            tir.store(total, tir.load(total, 0, lanes) + part, 0, lanes)
+        if body.planes < len(parts):
+            parts = [p]
+        for plane, part in enumerate(parts):
+            value = tir.cast(part, body.left_source, lanes)
+            left = body.isa.convert_left(value, body.left_source, lanes)
             tir.store(body.probs, left, plane * size + at, lanes)
-            tir.store(total, tir.load(total, 0, lanes) + tir.cast(byte, "uint16", lanes), 0, lanes)
     p_sum = tir.constant(0, "int32", 1)
     for total in totals:
         plane_sum = tir.add_lanes(tir.cast(tir.load(total, 0, lanes), "int32", lanes), "int32")
         p_sum = (p_sum << tir.constant(8, "int32", 1)) + plane_sum
-    beyond = tir.cast(tir.load(body.b["values"], 0, 1), "int32", 1) * (body.stride - spec.tk)
+    beyond = tir.cast(body.lookup.farthest(), "int32", 1) * (body.stride - spec.tk)
     _finish_row(body, r, tir.let(p_sum - beyond - body.zero[4] * spec.tk))
 
 

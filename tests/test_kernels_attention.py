@@ -41,6 +41,18 @@ SHAPES = {
 }
 
 
+def spaced(step: int, first: int, probs: Probabilities) -> Probabilities:
+    """The book with edges that are equally far from each other, as those of logarithms are."""
+    assert probs.edges is not None
+    return replace(probs, edges=(first + step * np.arange(len(probs.edges))[::-1]).astype(np.int32))
+
+
+def spaced(step: int, first: int, probs: Probabilities) -> Probabilities:
+    """The book with edges that are equally far from each other, as those of logarithms are."""
+    assert probs.edges is not None
+    return replace(probs, edges=(first + step * np.arange(len(probs.edges))[::-1]).astype(np.int32))
+
+
 BOOKS = {
     # name: shape, book, options; results are wide unless they say otherwise
     "vit": ((1, 2, 197, 197, 64, 64), book(16, 197), {"out": CODES}),
@@ -51,6 +63,18 @@ BOOKS = {
     "no_zero": ((1, 1, 5, 19, 24, 20), book(15, 19, least=7), {}),
     "two_levels": ((1, 1, 5, 1, 16, 16), book(2, 1), {}),
     "windows": ((4, 3, 49, 49, 32, 32), book(16, 49, least=1), {"additive": ((1, 3, 49), (2, 1, 49))}),
+    "log2": ((2, 2, 70, 70, 32, 32), spaced(4096, 2049, book(16, 70)), {"spread": 8.0}),
+    "log2_row": ((1, 1, 5, 43, 16, 24), spaced(4096, 2049, book(16, 43, 255, relative=True, least=2)), {}),
+    "log_sqrt2": ((1, 2, 33, 33, 16, 16), spaced(2048, 2048, book(31, 33)), {"spread": 8.0}),
+    "log_odd": ((1, 2, 33, 33, 16, 16), spaced(2047, 4, book(33, 33)), {"spread": 8.0}),
+    "511_keys": ((1, 1, 5, 511, 16, 16), book(16, 511, least=9), {}),
+    "512_keys": ((1, 1, 5, 512, 16, 16), book(16, 512, least=9), {}),
+    "log2": ((2, 2, 70, 70, 32, 32), spaced(4096, 2049, book(16, 70)), {"spread": 8.0}),
+    "log2_row": ((1, 1, 5, 43, 16, 24), spaced(4096, 2049, book(16, 43, 255, relative=True, least=2)), {}),
+    "log_sqrt2": ((1, 2, 33, 33, 16, 16), spaced(2048, 2048, book(31, 33)), {"spread": 8.0}),
+    "log_odd": ((1, 2, 33, 33, 16, 16), spaced(2047, 4, book(33, 33)), {"spread": 8.0}),
+    "511_keys": ((1, 1, 5, 511, 16, 16), book(16, 511, least=9), {}),
+    "512_keys": ((1, 1, 5, 512, 16, 16), book(16, 512, least=9), {}),
     "5_bits": ((1, 1, 9, 21, 16, 16), book(32, 21), {}),
     "6_bits": ((1, 2, 50, 50, 32, 32), book(64, 50), {}),
     "8_bits": ((1, 1, 31, 31, 48, 16), book(256, 31, 251), {}),
@@ -93,6 +117,8 @@ def test_refuses_a_step_that_16_bits_do_not_hold():
 def test_names_tell_functions_apart():
     """What changes the function changes the name."""
     spec = attention_case("", ISAS[0], (2, 2, 9, 9, 16, 16)).spec
+    books = [book(16, 9), book(24, 9), book(16, 9, 255), book(16, 9, relative=True), book(16, 9, zero=1)]
+    books += [book(64, 9), book(256, 9), spaced(4096, 2049, book(16, 9))]
     variants = [
         spec,
         replace(spec, batch=1),
@@ -102,8 +128,15 @@ def test_names_tell_functions_apart():
         replace(spec, v=replace(spec.v, head_stride=8)),
         replace(spec, probs=replace(spec.probs, qmax=15)),
         replace(spec, probs=Probabilities("sigmoid", 255)),
+        *(replace(spec, probs=probs) for probs in books),
     ]
     assert len({v.name for v in variants}) == len(variants)
+
+
+def test_books_that_differ_in_numbers_share_a_kernel():
+    spec = attention_case("", ISAS[0], (2, 2, 9, 9, 16, 16), probs=book(16, 9)).spec
+    others = [book(15, 9), book(17, 9, 2**16 - 1, least=3)]
+    assert {replace(spec, probs=probs).name for probs in others} == {spec.name}
 
 
 def test_codes_reach_the_whole_range():
