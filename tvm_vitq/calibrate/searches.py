@@ -116,6 +116,20 @@ def symmetric(inner: RangeRule) -> RangeRule:
     return rule
 
 
+def grouped(inner: RangeRule, count: int) -> RangeRule:
+    """The ranges of `inner`, made equal within `count` groups of rows: rows are sorted by the width of their
+    range and cut into equal parts, each with the range that holds those of its rows.
+    """
+
+    def rule(summary: Summary, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
+        low, high = (end.clone() for end in inner(summary, bits, signed))
+        for rows in (high - low).argsort(stable=True, dim=0).tensor_split(min(count, len(low))):
+            low[rows], high[rows] = low[rows].min(), high[rows].max()
+        return low, high
+
+    return rule
+
+
 def by_bits(narrow: RangeRule, wide: RangeRule, limit: int = 8) -> RangeRule:
     """`wide` from `limit` bits on, `narrow` below: with many levels clipping costs more than it gains."""
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+from torch import Tensor
 
 from tvm_vitq.calibrate.job import Job
+from tvm_vitq.calibrate.output_search import Error, search
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.quantizers import codec_of
 from tvm_vitq.quantizers.codebook import Codebook
@@ -42,3 +46,19 @@ def to_powers_of_two(job: Job) -> None:
             quantizer.axis,
             quantizer.group_size,
         )
+
+
+def better_power_of_two(site: str, quantizer: SiteQuantizer, x: Tensor, error: Error) -> SiteQuantizer:
+    """A step of `output_search.by_output`: of the powers of two below and above each scale the better one.
+
+    Zero points keep either their code or the lower end of the range in place. Codebooks stay as they are.
+    """
+    if quantizer.dynamic or isinstance(codec_of(quantizer), Codebook):
+        return quantizer
+    scale, zero = np.array(quantizer.scale, np.float64), np.array(quantizer.zero_point)
+    options = []
+    for direction in (np.ceil, np.floor):
+        power = np.exp2(direction(np.log2(scale)))
+        moved = np.clip(np.rint(scale * zero / power), quantizer.qmin, quantizer.qmax).astype(int)
+        options += [replace(quantizer, scale=power.tolist(), zero_point=z.tolist()) for z in (zero, moved)]
+    return search(options, x, error)

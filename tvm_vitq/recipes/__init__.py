@@ -6,12 +6,18 @@ from tvm_vitq.errors import VitqError, nearest
 from tvm_vitq.recipes.adalog import AdaLog
 from tvm_vitq.recipes.auto import Auto
 from tvm_vitq.recipes.base import Recipe
+from tvm_vitq.recipes.erq import ERQ
 from tvm_vitq.recipes.fq_vit import FQViT
 from tvm_vitq.recipes.minmax import MinMax
 from tvm_vitq.recipes.mse import MeanSquaredError
+from tvm_vitq.recipes.p2_vit import P2ViT
+from tvm_vitq.recipes.peg import PerEmbeddingGroup
 from tvm_vitq.recipes.percentile import Percentile
 from tvm_vitq.recipes.ptq4vit import PTQ4ViT
+from tvm_vitq.recipes.q_bert import QBert
+from tvm_vitq.recipes.qdrop import QDrop
 from tvm_vitq.recipes.repq_vit import RepQViT
+from tvm_vitq.recipes.vs_quant import VSQuant
 
 ALL: tuple[type[Recipe], ...] = (
     MinMax,
@@ -22,6 +28,12 @@ ALL: tuple[type[Recipe], ...] = (
     FQViT,
     PTQ4ViT,
     AdaLog,
+    PerEmbeddingGroup,
+    VSQuant,
+    QBert,
+    P2ViT,
+    ERQ,
+    QDrop,
 )
 
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in ALL}
