@@ -47,12 +47,6 @@ def spaced(step: int, first: int, probs: Probabilities) -> Probabilities:
     return replace(probs, edges=(first + step * np.arange(len(probs.edges))[::-1]).astype(np.int32))
 
 
-def spaced(step: int, first: int, probs: Probabilities) -> Probabilities:
-    """The book with edges that are equally far from each other, as those of logarithms are."""
-    assert probs.edges is not None
-    return replace(probs, edges=(first + step * np.arange(len(probs.edges))[::-1]).astype(np.int32))
-
-
 BOOKS = {
     # name: shape, book, options; results are wide unless they say otherwise
     "vit": ((1, 2, 197, 197, 64, 64), book(16, 197), {"out": CODES}),
@@ -63,12 +57,6 @@ BOOKS = {
     "no_zero": ((1, 1, 5, 19, 24, 20), book(15, 19, least=7), {}),
     "two_levels": ((1, 1, 5, 1, 16, 16), book(2, 1), {}),
     "windows": ((4, 3, 49, 49, 32, 32), book(16, 49, least=1), {"additive": ((1, 3, 49), (2, 1, 49))}),
-    "log2": ((2, 2, 70, 70, 32, 32), spaced(4096, 2049, book(16, 70)), {"spread": 8.0}),
-    "log2_row": ((1, 1, 5, 43, 16, 24), spaced(4096, 2049, book(16, 43, 255, relative=True, least=2)), {}),
-    "log_sqrt2": ((1, 2, 33, 33, 16, 16), spaced(2048, 2048, book(31, 33)), {"spread": 8.0}),
-    "log_odd": ((1, 2, 33, 33, 16, 16), spaced(2047, 4, book(33, 33)), {"spread": 8.0}),
-    "511_keys": ((1, 1, 5, 511, 16, 16), book(16, 511, least=9), {}),
-    "512_keys": ((1, 1, 5, 512, 16, 16), book(16, 512, least=9), {}),
     "log2": ((2, 2, 70, 70, 32, 32), spaced(4096, 2049, book(16, 70)), {"spread": 8.0}),
     "log2_row": ((1, 1, 5, 43, 16, 24), spaced(4096, 2049, book(16, 43, 255, relative=True, least=2)), {}),
     "log_sqrt2": ((1, 2, 33, 33, 16, 16), spaced(2048, 2048, book(31, 33)), {"spread": 8.0}),
