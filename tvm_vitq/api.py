@@ -40,7 +40,7 @@ def quantize(
         torch.export.ExportedProgram, or path of an ONNX file.
     bits : "w<weight bits>a<activation bits>", 2 to 8 each: "w8a8", "w4a8", "w4a4", ... The image stays at 8
         bits.
-    recipe : calibration method: "percentile", "minmax" or "mse".
+    recipe : calibration method, see `tvm_vitq.recipes`: "percentile", "minmax", "repq-vit", "adalog", ...
     calibration : float32 images (N, 3, H, W), normalized; or an iterable of such batches (a DataLoader), a
         folder of image files, or None: images are synthesized, which the plan and the report say.
     input_shape : (3, H, W) or (N, 3, H, W) if the model takes sizes other than its default.
@@ -50,7 +50,8 @@ def quantize(
         wins.
     plan : a plan, or its JSON file, to start from: recipe, requantization, bits and granularity of every site
         are taken from it, edited by hand or not; `overrides` still win; scales are fitted anew.
-    requantize : "multiply" (any scale) or "shift" (powers of two, for shift-only hardware).
+    requantize : "multiply" (any scale) or "shift" (powers of two, for shift-only hardware; implied by the
+        recipe "p2-vit").
     strict : refuse a model that keeps float operators.
     seed : of everything random in calibration.
 

@@ -107,11 +107,13 @@ def unseen(rule: RangeRule) -> RangeRule:
 
 def symmetric(inner: RangeRule) -> RangeRule:
     """The ranges of `inner`, widened to lie around zero. An unsigned quantizer then has the zero point
-    ``2**(bits - 1)``: the symmetric quantizer of activations with codes from ``-2**(bits - 1)`` on.
+    ``2**(bits - 1)``, the lower end being a hair farther than the upper: the symmetric quantizer of
+    activations with codes from ``-2**(bits - 1)`` on.
     """
 
     def rule(summary: Summary, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
-        return _symmetric(*inner(summary, bits, signed))
+        low, high = _symmetric(*inner(summary, bits, signed))
+        return (low, high) if signed else (low * (1 + 2.0**-16), high)
 
     return rule
 
