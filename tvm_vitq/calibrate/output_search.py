@@ -1,8 +1,7 @@
 """Scales by the error that they cause in the layer's output.
 
-An error is a function of the quantized operand that
-gives one number per output channel or head, see `samples`. What has a scale of its own there chooses for
-itself, everything else by the sum.
+An error is a function of the quantized operand that gives one number per output channel or head, see
+`samples`. What has a scale of its own there chooses for itself, everything else by the sum.
 """
 
 from __future__ import annotations
@@ -25,8 +24,9 @@ Error = Callable[[Tensor], Tensor]
 Step = Callable[[str, SiteQuantizer, Tensor, Error], SiteQuantizer]
 """From a site, its quantizer so far, a sample of its tensor and the error there, a better quantizer."""
 
-COARSE = tuple(np.geomspace(1.2, 0.01, 28).tolist())
-"""Factors of a scale from whole ranges: PTQ4ViT's, 0.01 to 1.2, with coarse steps to start from."""
+COARSE = (1.0, *np.geomspace(1.2, 0.01, 28).tolist())
+"""Factors of a scale from whole ranges: PTQ4ViT's 0.01 to 1.2 in coarse steps. The scale itself comes first:
+it stays where no factor is better."""
 
 FINE = (1.0, 0.96, 0.98, 1.02, 1.04)
 """Factors around a scale found before."""
