@@ -92,6 +92,7 @@ class Executor:
         self.input_shape = tuple(shape_of(self.input))
         self.batch = self.input_shape[0]
         self.constants: dict[str, torch.Tensor] = {}
+        self._parts: dict[tuple[str, str], list[Step]] = {}
         self.steps = [self._step(binding) for binding in bindings(mod)]
         self.output = _Arguments(self, "result", "").parse(function.body.body, "")
         self._find_last_uses()
@@ -150,6 +151,8 @@ class Executor:
         """The bindings that make variable `stop` of variable `start` and constants, in program order;
         VitqError if that takes more.
         """
+        if (start, stop) in self._parts:
+            return self._parts[start, stop]
         wanted, steps = {stop}, []
         for step in reversed(self.steps):
             if step.name in wanted and step.name != start:
@@ -157,7 +160,8 @@ class Executor:
                 steps.append(step)
         if self.input.name in wanted and start != self.input.name:
             raise VitqError("the result depends on more than the start", where=stop, got=start)
-        return steps[::-1]
+        self._parts[start, stop] = steps[::-1]
+        return self._parts[start, stop]
 
     def run_between(
         self, start: str, stop: str, x: torch.Tensor, hooks: Hooks | None = None, chunk: int | None = None

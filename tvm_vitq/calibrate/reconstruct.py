@@ -14,27 +14,23 @@ Each unit has its own random numbers, so a run that is interrupted and resumed e
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import math
 import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tvm_vitq.calibrate.blocks import Unit
+from tvm_vitq.calibrate.dropping import Mix, random_mask
 from tvm_vitq.calibrate.executor import Executor, Hooks
 from tvm_vitq.calibrate.job import Cost, Job
 from tvm_vitq.calibrate.losses import CHUNK, Batch, Context, Loss, Measure, SquaredError
+from tvm_vitq.calibrate.prefix import Quantized
+from tvm_vitq.calibrate.resume import Fitted, Store
 from tvm_vitq.calibrate.rounding import AdaRound, Weight
-from tvm_vitq.calibrate.simulate import FakeQuantize
-from tvm_vitq.errors import VitqError
-from tvm_vitq.files import written_whole
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.quantizers import codec_of
 
@@ -57,7 +53,7 @@ class Settings:
     """
 
     iterations: int = 300
-    batch: int = 16
+    batch: int = 8
     float_inputs: float = 0.5
     drop: float = 0.5
     weights: type[Weight] = AdaRound
@@ -81,7 +77,7 @@ def reconstruct(
 
     Parameters
     ----------
-    units : of `find_units`; every site in them has its quantizer.
+    units : all of `find_units`; every site has its quantizer.
     teacher : the float model, if the job's constants no longer are.
     label : of this stage, names its files in ``job.work``; a unit found there is not trained again.
 
@@ -91,7 +87,7 @@ def reconstruct(
     """
     began, teacher = time.monotonic(), teacher or Executor(job.mod)
     student = Executor(job.mod)
-    store = _Store(job, label, settings, units)
+    store = Store(job, label, settings, units)
     changed: dict[str, Tensor] = {}
     exact = quantized = job.images
     bar = job.progress(range(len(units) * settings.iterations), label)
@@ -121,42 +117,6 @@ def reconstruct(
     bar.close()
     job.replace({name: value.numpy() for name, value in changed.items()})
     job.costs[label] = Cost(trained, time.monotonic() - began)
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What training one unit gives: constants by name, scales by site."""
-
-    constants: dict[str, Tensor]
-    scales: dict[str, Tensor]
-
-
-class Quantized(Hooks):
-    """Quantizes activations as the plan will, but not weights: those in the constants are already.
-
-    `widen` raises ranges to what came by. Sites without quantizer stay in float.
-    """
-
-    def __init__(self, quantizers: dict[str, SiteQuantizer]) -> None:
-        self.quantizers = FakeQuantize({n: q for n, q in quantizers.items() if not n.endswith(".weight")})
-        self.ranges: dict[str, float] = {}
-        self.maps: dict[str, Tensor] = {}
-
-    def value(self, name: str, x: Tensor) -> Tensor:
-        if x.is_floating_point():
-            self.ranges[name] = max(float(x.abs().max()), self.ranges.get(name, 0.0))
-        return x
-
-    def quantize(self, site: str, x: Tensor) -> Tensor:
-        return self.quantizers.apply(site, x)
-
-    def probs(self, site: str, probs: Tensor) -> Tensor:
-        self.maps[site] = probs
-        return self.quantize(site, probs)
-
-    def widen(self, ranges: dict[str, float]) -> None:
-        for name, largest in self.ranges.items():
-            ranges[name] = max(largest, ranges.get(name, 0.0))
 
 
 class _Training(Hooks):
@@ -204,10 +164,7 @@ class _Training(Hooks):
         if not groups or not settings.iterations:
             return untrained
         optimizer = torch.optim.Adam(groups)
-        steps = settings.iterations
-        cosine = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: (1 + math.cos(math.pi * i / steps)) / 2
-        )
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.iterations)
         for index, progress in self.batches():
             loss = self.loss(measure, index) / max(before, 1e-30)
             if progress >= settings.warmup and settings.rounding:
@@ -238,7 +195,7 @@ class _Training(Hooks):
         x = self.quantized[index]
         if settings.float_inputs:
             exact = self.context.inputs[index]
-            x = torch.lerp(x, exact, _mask(x.shape, settings.float_inputs, self.generator))
+            x = torch.lerp(x, exact, random_mask(x.shape, settings.float_inputs, self.generator))
         kept = {name: self.student.constants[name] for name in self.biases}
         if settings.rate_biases:
             for name, size in self.biases.items():
@@ -286,77 +243,8 @@ class _Training(Hooks):
         quantized = codec_of(quantizer).fake_quantize(x, quantizer, numbers)
         if not self.drop:
             return quantized
-        return _Mix.apply(quantized, x, _mask(x.shape, self.drop, self.generator))
+        return Mix.apply(quantized, x, random_mask(x.shape, self.drop, self.generator))
 
     def probs(self, site: str, probs: Tensor) -> Tensor:
         self.maps[site] = probs
         return self.quantize(site, probs)
-
-
-def _mask(shape: Sequence[int], share: float, generator: torch.Generator) -> Tensor:
-    """1 with probability `share` (to 1/256), else 0; a random byte per element is cheaper than a float."""
-    count = math.prod(shape)
-    words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    return (words.view(torch.uint8)[:count] < round(256 * share)).float().view(*shape)
-
-
-class _Mix(torch.autograd.Function):
-    """``torch.lerp(x, y, mask)`` for masks of zeros and ones, faster than `torch.where` and its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(mask)
-        return torch.lerp(x, y, mask)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        to_y = gradient * ctx.saved_tensors[0]
-        return gradient - to_y, to_y, None
-
-
-class _Store:
-    """Fitted units in ``job.work``, one file each; nothing where that is None."""
-
-    def __init__(self, job: Job, label: str, settings: Settings, units: Sequence[Unit]) -> None:
-        self.folder, self.label = job.work, label
-        if self.folder is None:
-            return
-        digest = hashlib.sha256(f"{settings} {units} {job.seed} {job.quantizers}".encode())
-        for value in [job.images, *job.executor.constants.values()]:
-            digest.update(value.numpy().tobytes())
-        self.key = digest.hexdigest()
-
-    def path(self, number: int) -> Path:
-        assert self.folder is not None  # asked by load and save only
-        return self.folder / f"{self.label}-{number:03d}.npz"
-
-    def load(self, number: int) -> Fitted | None:
-        if self.folder is None or not self.path(number).is_file():
-            return None
-        try:
-            with np.load(self.path(number)) as stored:
-                arrays = dict(stored)
-        except (OSError, ValueError) as error:
-            raise VitqError(
-                "unreadable state of a reconstruction", where=self.path(number), got=error
-            ) from error
-        if str(arrays.pop("key", "")) != self.key:
-            raise VitqError(
-                "the work folder holds another calibration",
-                where=self.path(number),
-                fix="empty the folder, or name another one",
-            )
-        split: dict[str, dict[str, Tensor]] = {"constant": {}, "scale": {}}
-        for name, value in arrays.items():
-            kind, _, rest = name.partition(":")
-            split[kind][rest] = torch.from_numpy(value)
-        return Fitted(split["constant"], split["scale"])
-
-    def save(self, number: int, fitted: Fitted) -> None:
-        if self.folder is None:
-            return
-        arrays = {f"constant:{name}": value.numpy() for name, value in fitted.constants.items()}
-        arrays |= {f"scale:{site}": value.numpy() for site, value in fitted.scales.items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(self.path(number)) as part, part.open("wb") as file:
-            np.savez(file, key=np.array(self.key), **arrays)

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from tvm_vitq.calibrate.blocks import Unit
-from tvm_vitq.calibrate.executor import Executor, Hooks
+from tvm_vitq.calibrate.executor import Executor
 from tvm_vitq.calibrate.fit import fit_weight
 from tvm_vitq.calibrate.job import Cost, Job
 from tvm_vitq.calibrate.losses import CHUNK
-from tvm_vitq.calibrate.reconstruct import Quantized
+from tvm_vitq.calibrate.prefix import Quantized
 from tvm_vitq.calibrate.searches import RangeRule
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.quantizers.granularity import blocked_shape, fit_shape
@@ -53,7 +53,7 @@ def regress(
     job: Job,
     units: Sequence[Unit],
     rule: RangeRule,
-    ridge: float = 1e-2,
+    ridge: float = 0.5,
     refinements: int = 100,
     label: str = "regression",
 ) -> None:
@@ -61,7 +61,7 @@ def regress(
 
     Parameters
     ----------
-    units : of `find_units`; activations have their quantizers.
+    units : all of `find_units`; activations have their quantizers.
     rule : range of the weights, which change before they are quantized.
     refinements : roundings changed per row and half at most; 0: all to nearest.
     """
@@ -179,10 +179,10 @@ def _moments(
         float_run[0].run_between(unit.start, step.name, exact, wanted)
         run[0].run_between(unit.start, step.name, quantized, taken)
         x = torch.nn.functional.pad(taken.rows, (0, 1), value=1.0)
-        parts.append((x.T @ x, wanted.rows.T @ x, len(x)))
-    count = sum(part[2] for part in parts)
-    inputs, outputs = (torch.stack([part[i].double() for part in parts]).sum(0) / count for i in range(2))
-    return Moments(inputs, outputs)
+        parts.append(torch.cat([x.T @ x, wanted.rows.T @ x]).double())
+    mean = torch.stack(parts).sum(0)
+    mean /= mean[x.shape[1] - 1, -1].clone()  # the sum of ones
+    return Moments(mean[: x.shape[1]], mean[x.shape[1] :])
 
 
 class _Taking(Quantized):

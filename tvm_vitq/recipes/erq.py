@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ERQ(Recipe):
-    """ERQ (Zhong et al., ICML 2024): quantizers as `percentile` fits them, then every linear layer is moved to
-    its quantized input by ridge regression and quantized by halves of its columns, with refined roundings and
-    compensation (`calibrate.regression`).
+    """ERQ (Zhong et al., ICML 2024): quantizers as `percentile` fits them, then every linear layer is moved
+    to its quantized input by ridge regression and quantized by halves of its columns, with refined roundings
+    and compensation (`calibrate.regression`).
 
-    Departures: probabilities are relative to their row as in `percentile`, not logarithmic; the target is the
-    float model's output of the layer, so errors of the layers in front are made up for as well; the bias takes
-    part in the compensation.
+    Departures: probabilities are relative to their row as in `percentile`, not logarithmic; the target is
+    the float model's output of the layer, so errors of the layers in front are made up for as well; the bias
+    takes part in the compensation.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ class ERQ(Recipe):
     """
 
     name = "erq"
-    ridge: float = 1e-2
+    ridge: float = 0.5
     refinements: int = 100
 
     def fit(self, job: Job) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tvm_vitq.recipes.base import Recipe
-from tvm_vitq.recipes.percentile import Percentile
 
 if TYPE_CHECKING:
     from tvm_vitq.calibrate.job import Job
@@ -25,13 +24,14 @@ class QDrop(Recipe):
 
     name = "qdrop"
     iterations: int = 300
-    batch: int = 16
+    batch: int = 8
     drop: float = 0.5
 
     def fit(self, job: Job) -> None:
         from tvm_vitq.calibrate.blocks import find_units
+        from tvm_vitq.calibrate.frame import percentile_frame
         from tvm_vitq.calibrate.reconstruct import Settings, reconstruct
 
-        Percentile().fit(job)
+        percentile_frame(job)
         settings = Settings(self.iterations, self.batch, self.drop, self.drop)
         reconstruct(job, find_units(job.mod), settings)
