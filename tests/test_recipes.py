@@ -54,6 +54,10 @@ def outlier_vit():
     return mod, replace_constants(mod, changed)
 
 
+LEAST_SQNR = {"repq-vit": 21, "fq-vit": 15, "p2-vit": 15}
+"""In dB at 8 bits, of those that clip at 8 bits as below, or have 4-bit probabilities; 25 of all others."""
+
+
 @pytest.mark.parametrize("recipe", list(RECIPES))
 @pytest.mark.parametrize(
     "mod", [tiny_vit(batch=1, gated=True, bias=True), tiny_mixer()], ids=["vit", "mixer"]
@@ -68,7 +72,8 @@ def test_plans_are_complete_and_good(mod, recipe, tmp_path):
     assert read.hash == plan.hash
     logits = simulate(result.mod, read)(IMAGES)
     assert logits.shape == (16, 10) and logits.dtype == np.float32
-    assert sqnr(Executor(mod).run(torch.from_numpy(IMAGES)).numpy(), logits) > 15
+    reference = Executor(mod).run(torch.from_numpy(IMAGES)).numpy()
+    assert sqnr(reference, logits) > LEAST_SQNR.get(recipe, 25)
     assert plan.recipe == recipe and plan.calibration.count == 16
 
 
