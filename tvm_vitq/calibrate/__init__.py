@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tvm_vitq.errors import VitqError
@@ -37,6 +39,7 @@ def calibrate(
     seed: int = 0,
     limit: int | None = None,
     progress: bool = True,
+    work: str | os.PathLike[str] | None = None,
 ) -> Calibrated:
     """Fit a quantizer to every operand of every matmul.
 
@@ -54,6 +57,8 @@ def calibrate(
         whose scales are all powers of two implies "shift".
     limit : calibration images used at most.
     progress : whether bars are shown.
+    work : folder in which recipes that train keep what they have finished; with the same arguments they
+        resume from there.
 
     Returns
     -------
@@ -91,7 +96,7 @@ def calibrate(
         seed=seed,
     )
     mod, aliases = annotate(model.mod, specs)
-    job = Job(mod, specs, aliases, images.values, seed, progress)
+    job = Job(mod, specs, aliases, images.values, seed, progress, None if work is None else Path(work))
     method.fit(job)
     job.check_finished()
     if requantize == "shift":
@@ -110,6 +115,7 @@ def calibrate(
         calibration=Calibration(images.source, len(images.values), images.ids, seed),
         notes=job.notes,
         versions=_versions(),
+        comment="; ".join(f"{label}: {cost}" for label, cost in job.costs.items()),
     )
     plan.check(names)
     return Calibrated(job.mod, plan)

@@ -33,6 +33,10 @@ class Cost:
     iterations: int
     seconds: float
 
+    def __str__(self) -> str:
+        trained = f"{self.iterations} iterations in " if self.iterations else ""
+        return f"{trained}{self.seconds:.1f} s"
+
 
 @dataclass
 class Job:
