@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import resource
@@ -266,21 +267,24 @@ def test_reference_refuses_what_libraries_refuse(quantized):
 # Files are written whole or not at all
 
 
-@pytest.fixture
-def full_disk(quantized):
-    """The operating system refuses to make any file larger than 1000 bytes."""
+@contextlib.contextmanager
+def full_disk():
+    """The operating system refuses to make any file larger than 1000 bytes, pytest's own output included."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("old", [None, b"old"])
-def test_refused_writes_leave_the_old_file_or_none(quantized, full_disk, tmp_path, old):
+def test_refused_writes_leave_the_old_file_or_none(quantized, tmp_path, old):
     for name, write in (("m.vitq", quantized.save), ("plan.json", quantized.plan.save)):
         if old:
             (tmp_path / name).write_bytes(old)
-        with pytest.raises(VitqError, match=rf"cannot write[\s\S]*{name}[\s\S]*nothing was left"):
+        message = rf"cannot write[\s\S]*{name}[\s\S]*nothing was left"
+        with pytest.raises(VitqError, match=message), full_disk():
             write(tmp_path / name)
         assert os.listdir(tmp_path) == ([name] if old else [])
         if old:
