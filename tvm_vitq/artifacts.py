@@ -102,12 +102,34 @@ def _plan(path: str | os.PathLike[str]) -> QuantPlan:
     return QuantPlan.load(path)
 
 
-def describe(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
-    """A file of ours as plain data and as text with one fact per line.
+def plan_of(path: str | os.PathLike[str]) -> QuantPlan:
+    """The plan in a plan file or quantized model.
 
     Raises
     ------
-    VitqError : as `open_artifact`.
+    VitqError : as `open_artifact`; a library, which holds none.
+    """
+    kind = kind_of(path)
+    if kind == "library":
+        raise VitqError(
+            "a library holds no plan",
+            where=path,
+            expected="a plan (.json) or a quantized model (.vitq)",
+            fix="give the quantized model that it was made from",
+        )
+    return _plan(path) if kind == "plan" else _model(path).plan
+
+
+def describe(path: str | os.PathLike[str], site: str | None = None) -> tuple[dict[str, Any], str]:
+    """A file of ours as plain data and as text with one fact per line.
+
+    Parameters
+    ----------
+    site : pattern of the sites that the text lists; None: all.
+
+    Raises
+    ------
+    VitqError : as `open_artifact`; no site matches.
     """
     from tvm_vitq import render
 
@@ -117,7 +139,7 @@ def describe(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     head = {"file": str(path), "kind": kind, "file_bytes": size}
     first = render.fields({"file": f"{path}  ({kind}, {render.size(size)})"})
     if kind == "plan":
-        text = render.plan_text(artifact)
+        text = render.plan_text(artifact, site)
         return {**head, "hash": artifact.hash, "plan": artifact.to_dict()}, f"{first}\n{text}"
     if kind == "library":
         info = artifact.info
@@ -130,5 +152,5 @@ def describe(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     from tvm_vitq.report import quantized_report
 
     report = quantized_report(artifact)
-    text = f"{first}\n{render.report_text(report)}\n{render.plan_text(artifact.plan)}"
+    text = f"{first}\n{render.report_text(report)}\n{render.plan_text(artifact.plan, site)}"
     return {**head, **report, "plan": artifact.plan.to_dict()}, text

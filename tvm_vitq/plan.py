@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ from typing import Any
 
 from tvm_vitq.errors import VitqError, nearest
 from tvm_vitq.files import written_whole
+from tvm_vitq.site_statistics import SiteStatistics
 
 FORMAT = "tvm-vitq plan"
 FORMAT_VERSION = 1
@@ -143,6 +145,7 @@ class QuantPlan:
     ranges : largest magnitude that each tensor of the float graph took during calibration, by variable name.
     notes : what was declined or changed on the way, with the reason, by site or layer.
     comment : free text.
+    statistics : what calibration saw at every site and how much noise its quantizer adds there.
     """
 
     model: str = ""
@@ -159,6 +162,7 @@ class QuantPlan:
     notes: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     comment: str = ""
+    statistics: dict[str, SiteStatistics] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __getitem__(self, site: str) -> SiteQuantizer:
@@ -176,11 +180,11 @@ class QuantPlan:
 
     @property
     def hash(self) -> str:
-        """Twelve hex digits that depend on everything that changes results; comment, notes and versions do
-        not.
+        """Twelve hex digits that depend on everything that changes results; comment, notes, versions and
+        statistics do not.
         """
         data = self.to_dict()
-        for key in ("comment", "notes", "versions"):
+        for key in ("comment", "notes", "versions", "statistics"):
             del data[key]
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -198,6 +202,8 @@ class QuantPlan:
             )
         for name, site in self.sites.items():
             site.check(f"{where}: {name}")
+        for name, seen in self.statistics.items():
+            seen.check(f"{where}: statistics of {name}")
         for alias, owner in self.aliases.items():
             if owner not in self.sites:
                 raise VitqError(
@@ -240,10 +246,11 @@ class QuantPlan:
         """Plain data; defaults of a site are left out, so that plans stay readable."""
         data: dict[str, Any] = {"format": FORMAT, "format_version": self.format_version}
         for item in dataclasses.fields(self):
-            if item.name not in ("format_version", "sites"):
+            if item.name not in ("format_version", "sites", "statistics"):
                 value = getattr(self, item.name)
                 data[item.name] = dataclasses.asdict(value) if isinstance(value, Calibration) else value
         data["sites"] = {name: _site_to_dict(site) for name, site in self.sites.items()}
+        data["statistics"] = {name: dataclasses.asdict(seen) for name, seen in self.statistics.items()}
         return data
 
     @classmethod
@@ -262,12 +269,11 @@ class QuantPlan:
             )
         fields = {k: v for k, v in data.items() if k != "format"}
         _check_keys(fields, cls, where)
-        sites = fields.get("sites", {})
-        if not isinstance(sites, Mapping):
-            raise VitqError("sites must be a JSON object", where=where, got=type(sites).__name__)
-        fields["sites"] = {
-            str(name): _site_from_dict(site, f"{where}: {name}") for name, site in sites.items()
-        }
+        for key, read in (("sites", _site_from_dict), ("statistics", _statistics_from_dict)):
+            given = fields.get(key, {})
+            if not isinstance(given, Mapping):
+                raise VitqError(f"{key} must be a JSON object", where=where, got=type(given).__name__)
+            fields[key] = {str(name): read(one, f"{where}: {name}") for name, one in given.items()}
         if "calibration" in fields:
             _check_keys(fields["calibration"], Calibration, f"{where}: calibration")
             fields["calibration"] = Calibration(**fields["calibration"])
@@ -276,8 +282,9 @@ class QuantPlan:
         return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON, whole or not at all."""
+        """Write the plan as JSON, whole or not at all; a list of numbers takes one line."""
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        text = re.sub(r"\[\n\s+([-+.,\deE\s]*?)\n\s*\]", lambda m: f"[{' '.join(m[1].split())}]", text)
         with written_whole(path) as part:
             part.write_text(text, encoding="utf-8")
 
@@ -334,6 +341,11 @@ def _site_from_dict(data: Any, where: str) -> SiteQuantizer:
         ) from error
 
 
+def _statistics_from_dict(data: Any, where: str) -> SiteStatistics:
+    _check_keys(data, SiteStatistics, f"{where}: statistics")
+    return SiteStatistics(**data)
+
+
 def _check_keys(data: Any, of: type, where: object) -> None:
     if not isinstance(data, Mapping):
         raise VitqError("must be a JSON object", where=where, got=type(data).__name__)
@@ -343,7 +355,7 @@ def _check_keys(data: Any, of: type, where: object) -> None:
             raise VitqError(
                 "unknown key", where=f"{where}: {key}", expected=nearest(key, hints) or ", ".join(hints)
             )
-        if key not in ("sites", "calibration") and not _fits(value, hints[key]):
+        if key not in ("sites", "statistics", "calibration") and not _fits(value, hints[key]):
             text = json.dumps(value, default=repr)
             raise VitqError(
                 "value of the wrong type",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tvm_vitq.plan import QuantPlan, SiteQuantizer
+from tvm_vitq.explain import chosen_sites, granularity_text, parameters_text, sqnr_text
+from tvm_vitq.plan import QuantPlan
 
 if TYPE_CHECKING:
     from tvm_vitq.comparison import Comparison
@@ -89,8 +90,10 @@ def kernels_text(kernels: Sequence[Mapping[str, Any]]) -> str:
     return table(("kernel", "calls", "M MACs", "instruction", "schedule"), rows)
 
 
-def plan_text(plan: QuantPlan) -> str:
-    """A plan: where it came from, then one line per site."""
+def plan_text(plan: QuantPlan, site: str | None = None) -> str:
+    """A plan: where it came from, then one line per site, of those that match the pattern `site` if it is
+    given.
+    """
     calibration = plan.calibration
     head = {
         "model": plan.model,
@@ -101,18 +104,25 @@ def plan_text(plan: QuantPlan) -> str:
     }
     if plan.comment:
         head["comment"] = plan.comment
-    rows = [(name, *_site_cells(site)) for name, site in plan.sites.items()]
-    rows += [(name, "=", owner, "", "", "") for name, owner in plan.aliases.items()]
+    shown = chosen_sites(plan, site)
+    rows = [(name, *_site_cells(plan, name)) for name in shown]
+    rows += [(name, "=", owner, *[""] * 5) for name, owner in plan.aliases.items() if owner in shown]
     notes = [f"note: {where}: {note}" for where, note in plan.notes.items()]
-    sites = table(("site", "codec", "bits", "granularity", "scale", "zero point"), rows)
-    return "\n".join([fields(head), sites, *notes])
+    headers = ("site", "codec", "bits", "granularity", "scale", "zero point", "SQNR dB", "parameters")
+    return "\n".join([fields(head), table(headers, rows), *notes])
 
 
-def _site_cells(site: SiteQuantizer) -> tuple[str, ...]:
-    codec = f"{site.codec}{' signed' if site.signed else ''}{' dynamic' if site.dynamic else ''}"
-    granularity = f"group of {site.group_size}" if site.granularity == "group" else site.granularity
-    count = f" x{len(site.scale)}" if len(site.scale) > 1 else ""
-    return (codec, str(site.bits), granularity + count, _span(site.scale, ".3g"), _span(site.zero_point, "d"))
+def _site_cells(plan: QuantPlan, name: str) -> tuple[str, ...]:
+    site = plan.sites[name]
+    return (
+        f"{site.codec}{' signed' if site.signed else ''}{' dynamic' if site.dynamic else ''}",
+        str(site.bits),
+        granularity_text(site),
+        _span(site.scale, ".3g"),
+        _span(site.zero_point, "d"),
+        sqnr_text(plan, name),
+        parameters_text(site),
+    )
 
 
 def _span(values: Sequence[float], form: str) -> str:

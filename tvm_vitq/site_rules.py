@@ -115,7 +115,7 @@ def resolve_specs(
             spec = _spec(activation_bits, asked.probs if role == "probs" else asked.heads, None)
         specs[site] = replace(spec, bits=IMAGE_BITS) if site in image_sites else spec
     for pattern, change in (overrides or {}).items():
-        matched = [site for site in sites if _matches(pattern, site)]
+        matched = [site for site in sites if matches(pattern, site, f"overrides[{pattern!r}]")]
         if not matched:
             layers = {layer_of(site) for site in sites}
             raise VitqError(
@@ -141,7 +141,10 @@ def _spec(bits: int, granularity: str, group: int | None) -> SiteSpec:
     return SiteSpec(bits, "group", group) if group is not None else SiteSpec(bits, granularity)
 
 
-def _matches(pattern: str, site: str) -> bool:
+def matches(pattern: str, site: str, where: str) -> bool:
+    """Whether a site, or the layer it belongs to, is named by a pattern: shell wildcards, or a regular
+    expression after "re:" that must match the whole name; VitqError naming `where` if that is malformed.
+    """
     for name in (site, layer_of(site)):
         if pattern.startswith("re:"):
             try:
@@ -149,7 +152,7 @@ def _matches(pattern: str, site: str) -> bool:
                     return True
             except re.error as error:
                 raise VitqError(
-                    "malformed regular expression", where=f"overrides[{pattern!r}]", got=error
+                    "malformed regular expression", where=where, got=f"{pattern[3:]}: {error}"
                 ) from error
         elif fnmatch.fnmatchcase(name, pattern):
             return True

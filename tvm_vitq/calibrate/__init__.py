@@ -71,6 +71,7 @@ def calibrate(
     from tvm_vitq.calibrate import sources
     from tvm_vitq.calibrate.job import Job
     from tvm_vitq.calibrate.shift import to_powers_of_two
+    from tvm_vitq.calibrate.site_statistics import measure_sites
     from tvm_vitq.relax_passes.annotate import annotate
     from tvm_vitq.relax_passes.sites import image_sites, list_sites
 
@@ -116,6 +117,7 @@ def calibrate(
         notes=job.notes,
         versions=_versions(),
         comment="; ".join(f"{label}: {cost}" for label, cost in job.costs.items()),
+        statistics=measure_sites(job),
     )
     plan.check(names)
     return Calibrated(job.mod, plan)
