@@ -1,0 +1,187 @@
+"""Rotates channels by orthogonal matrices that are absorbed in the weights: the same function, without
+outlier channels (QuaRot, SpinQuant, GLF-Q).
+
+Residual stream. Every linear layer, position embedding and class token that writes it is multiplied by Q
+from behind, every linear layer that reads it by Q^T from the front. LayerNorms in between are no obstacle
+once their gamma and beta are moved into the linear layers behind them, and if Q maps ones to ones: then ``xQ``
+has the mean and the variance of x, so ``LN(xQ) = LN(x) Q``. Papers that want any Q replace LayerNorm by
+RMSNorm on a centered stream; here the integer LayerNorm stays as it is.
+
+Heads. Scores do not change under ``q R, k R``, nor does the projection's result under ``v R`` with R^T in its
+weight: each head has its own R for either.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from tvm import relax
+
+from tvm_vitq.calibrate.job import Job
+from tvm_vitq.calibrate.orthogonal import hadamard, keeping_ones
+from tvm_vitq.calibrate.streams import find_streams
+from tvm_vitq.graph import Dataflow, columns_read, data_operands, is_movement, move
+from tvm_vitq.numerics import Array
+from tvm_vitq.ops import attrs, op_name, shape_of
+from tvm_vitq.relax_passes.sites import OPERANDS
+
+Constants = dict[str, Tensor]
+
+
+class _Declined(Exception):
+    pass
+
+
+def rotate_streams(job: Job) -> set[str]:
+    """Rotate every residual stream that allows it; the others are noted with the reason.
+
+    Changes constants; call it before anything is observed.
+
+    Returns
+    -------
+    The LayerNorms inside rotated streams, which have gamma 1 and beta 0 now.
+    """
+    generator = torch.Generator().manual_seed(job.seed)
+    constants = {
+        name: value.double() for name, value in job.executor.constants.items() if value.is_floating_point()
+    }
+    rotated: set[str] = set()
+    changed: set[str] = set()
+    for stream in find_streams(job.mod):
+        if stream.declined:
+            job.notes[next(iter(stream.norms))] = f"residual stream not rotated: {stream.declined}"
+            continue
+        for norm, readers in stream.norms.items():
+            gamma, beta = constants[f"{norm}.gamma"], constants[f"{norm}.beta"]
+            for layer in readers:
+                weight = constants[f"{layer}.weight"]
+                constants[f"{layer}.bias"] = constants[f"{layer}.bias"] + weight @ beta
+                constants[f"{layer}.weight"] = weight * gamma
+            constants[f"{norm}.gamma"], constants[f"{norm}.beta"] = (
+                torch.ones_like(gamma),
+                torch.zeros_like(beta),
+            )
+            changed |= {f"{norm}.gamma", f"{norm}.beta"} | _parameters(readers)
+        matrix = keeping_ones(stream.width, generator)
+        for layer in stream.writers:
+            constants[f"{layer}.weight"] = matrix.T @ constants[f"{layer}.weight"]
+            constants[f"{layer}.bias"] = constants[f"{layer}.bias"] @ matrix
+        for layer in stream.readers:
+            constants[f"{layer}.weight"] = constants[f"{layer}.weight"] @ matrix
+        for name in stream.constants:
+            constants[name] = constants[name] @ matrix
+        changed |= {*stream.constants} | _parameters([*stream.writers, *stream.readers])
+        rotated |= set(stream.norms)
+    _replace(job, constants, changed)
+    return rotated
+
+
+def rotate_heads(job: Job) -> None:
+    """Rotate q with k, and v with the projection, in every attention layer that allows it; the others are
+    noted with the reason.
+
+    Changes constants; call it before anything is observed.
+    """
+    generator = torch.Generator().manual_seed(job.seed + 1)
+    constants = {
+        name: value.double() for name, value in job.executor.constants.items() if value.is_floating_point()
+    }
+    changed: set[str] = set()
+    flow = Dataflow(job.mod)
+    for binding in flow.bindings:
+        if op_name(binding.value) != "vitq.attention":
+            continue
+        layer = attrs(binding.value)["site"]
+        for roles in (("q", "k"), ("v",)):
+            try:
+                made = [_made_by(flow, binding, role) for role in roles]
+                read = _read_by(flow, binding) if roles == ("v",) else {}
+            except _Declined as reason:
+                known = job.notes.get(layer)
+                text = f"{' and '.join(roles)} not rotated: {reason}"
+                job.notes[layer] = text if known is None else f"{known}; {text}"
+                continue
+            heads, width = made[0][1].shape
+            matrices = torch.stack([hadamard(width, generator) for _ in range(heads)])
+            for linear, rows in made:
+                for name in (f"{linear}.weight", f"{linear}.bias"):
+                    value = constants[name] = constants[name].clone()
+                    picked = value[torch.from_numpy(rows)].reshape(heads, width, -1)
+                    value[torch.from_numpy(rows)] = (matrices.mT @ picked).reshape(
+                        heads, width, *value.shape[1:]
+                    )
+            for linear, columns in read.items():
+                value = constants[f"{linear}.weight"] = constants[f"{linear}.weight"].clone()
+                picked = value[:, torch.from_numpy(columns)]
+                value[:, torch.from_numpy(columns)] = torch.einsum("nhd,hde->nhe", picked, matrices)
+            changed |= _parameters([*(linear for linear, _ in made), *read])
+    _replace(job, constants, changed)
+
+
+def _parameters(layers: list[str]) -> set[str]:
+    return {f"{layer}.{role}" for layer in layers for role in ("weight", "bias")}
+
+
+def _replace(job: Job, constants: Constants, changed: set[str]) -> None:
+    if changed:
+        job.replace({name: constants[name].float().numpy() for name in sorted(changed)})
+
+
+def _made_by(flow: Dataflow, attention: relax.VarBinding, role: str) -> tuple[str, Array]:
+    """The linear layer that makes an operand of attention, and its output channels [heads, width].
+
+    Each of its channels must go to one place in this attention and nowhere else.
+    """
+    value = attention.value.args[OPERANDS["vitq.attention"].index(role)]
+    path: list[relax.Call] = []
+    while op_name(flow.definition.get(value)) != "vitq.linear":
+        made = flow.definition.get(value)
+        if isinstance(made, relax.Var):
+            value = made
+        elif op_name(made) == "vitq.quantize":
+            value = made.args[0]
+        elif is_movement(made) and len(data_operands(made)) == 1:
+            path.insert(0, made)
+            value = made.args[0]
+        else:
+            raise _Declined(f"{op_name(made) or 'no linear layer'} makes {role}")
+    linear = attrs(flow.definition[value])["site"]
+    read = 0
+    for leaf in flow.leaves(value):
+        user = leaf.consumer.value if leaf.consumer is not None else None
+        behind = flow.uses[leaf.consumer.var] if op_name(user) == "vitq.quantize" else []
+        if not behind or any(not b.var.same_as(attention.var) for b in behind):
+            raise _Declined(f"{linear} is read by more than this layer")
+        read += columns_read(leaf.path, shape_of(value)).size
+    columns = columns_read(tuple(path), shape_of(value))
+    heads = columns[:1, :, :1]
+    if not bool((columns == heads).all()):
+        raise _Declined(f"channels of {linear} are mixed with tokens")
+    if read != np.prod(shape_of(value)) or len(np.unique(heads)) != heads.size:
+        raise _Declined(f"channels of {linear} are read more than once")
+    return linear, np.ascontiguousarray(heads[0, :, 0]).astype(np.int64)
+
+
+def _read_by(flow: Dataflow, attention: relax.VarBinding) -> dict[str, Array]:
+    """The linear layers that read the result of attention, with the input channels [heads, width] at which
+    they do.
+    """
+    shape = shape_of(attention.var)
+    heads, width = shape[1], shape[3]
+    source = np.broadcast_to(np.arange(heads * width).reshape(1, heads, 1, width), shape)
+    found: dict[str, Array] = {}
+    for leaf in flow.leaves(attention.var):
+        user = leaf.consumer.value if leaf.consumer is not None else None
+        layers = flow.uses[leaf.consumer.var] if op_name(user) == "vitq.quantize" else []
+        if not layers or any(op_name(b.value) != "vitq.linear" for b in layers):
+            raise _Declined(f"{op_name(user) or 'the caller'} reads the result")
+        columns = source
+        for step in leaf.path:
+            columns = move(step, columns)
+        row = columns.reshape(-1, columns.shape[-1])[0]
+        if not bool((columns == row).all()) or sorted(row) != list(range(heads * width)):
+            raise _Declined("its result is not read head by head")
+        for binding in layers:
+            found[attrs(binding.value)["site"]] = np.argsort(row).reshape(heads, width)
+    return found
