@@ -154,7 +154,6 @@ def test_plots_say_what_their_lines_are(plan):
 def test_models_are_plotted_too(tmp_path, monkeypatch, capsys):
     import tvm_vitq
 
-    torch.manual_seed(0)
     quantized = tvm_vitq.quantize(
         "refmodel:vit", calibration=np.zeros((1, 3, 32, 32), np.float32), progress=False
     )

@@ -1,4 +1,4 @@
-"""Distributions with the quantizers' levels over them, as PNG files; needs matplotlib, an optional package."""
+"""Distributions with the quantizers' levels over them, as PNG files; needs the optional matplotlib."""
 
 from __future__ import annotations
 
