@@ -33,7 +33,7 @@ from tvm_vitq.integerize.linear import LinearConstants, linear_constants
 from tvm_vitq.numerics import Array
 from tvm_vitq.ops import attrs, call, op_name, shape_of
 from tvm_vitq.plan import QuantPlan
-from tvm_vitq.quantizers import codec_of
+from tvm_vitq.quantizers import Uniform, codec_of
 from tvm_vitq.quantizers.codebook import Codebook
 from tvm_vitq.units import wide_ranges
 
@@ -152,9 +152,11 @@ class _Realizer:
 
     def codes(self, site: str) -> Format:
         q = self.plan[site]
-        if isinstance(codec_of(q), Codebook):
+        codec = codec_of(q)
+        if isinstance(codec, Codebook):
             return codebook_format(q, site)
-        return codes_format(q.bits, q.scale, q.zero_point, q.granularity)
+        limits = codec.limits(q) if isinstance(codec, Uniform) else None
+        return codes_format(q.bits, q.scale, q.zero_point, q.granularity, limits)
 
     def book_index(self, book: CodebookFormat) -> Format:
         return book.index(self.plan.requantize == "shift")

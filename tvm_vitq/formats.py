@@ -144,14 +144,23 @@ def index_format(low: float, high: float, power_of_two: bool = False) -> Format:
     return scalar_format("uint16", step, round(-low / step), 0, 2**INDEX_BITS - 1)
 
 
-def codes_format(bits: int, scale: list[float], zero_point: list[int], granularity: str) -> Format:
-    """Centred codes of an unsigned b-bit quantizer: ``q - 2**(bits-1)``."""
+def codes_format(
+    bits: int,
+    scale: list[float],
+    zero_point: list[int],
+    granularity: str,
+    limits: tuple[int, int] | None = None,
+) -> Format:
+    """Centred codes of an unsigned b-bit quantizer: ``q - 2**(bits-1)``; `limits` of q if not those of b
+    bits.
+    """
     centre = 2 ** (bits - 1)
+    low, high = limits or (0, 2 * centre - 1)
     zero = np.asarray(zero_point, np.int32) - centre
     values = np.asarray(scale, np.float64)
     if values.size == 1:
         values, zero, granularity = values.reshape(()), zero.reshape(()), "tensor"
-    return Format("int8", values, zero, -centre, centre - 1, granularity)
+    return Format("int8", values, zero, low - centre, high - centre, granularity)
 
 
 def codebook_format(site: SiteQuantizer, where: str) -> CodebookFormat:

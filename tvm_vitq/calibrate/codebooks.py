@@ -41,7 +41,7 @@ class Moments:
         importance : weight of each element's squared error, if `data` is a tensor.
         """
         if isinstance(data, Summary):
-            data, importance = _weighted(data)
+            data, importance = data.weighted()
         x, order = data.detach().reshape(-1).float().cpu().sort()
         weight = torch.ones_like(x) if importance is None else importance.reshape(-1).cpu()[order]
         terms = [weight.double() * x.double() ** power for power in range(3)]
@@ -57,17 +57,6 @@ class Moments:
         y = results.astype(np.float64)
         total = (second + y * (y * count - 2 * first)).sum(-1)
         return np.maximum(total, 0.0) / self.sums[0, -1]
-
-
-def _weighted(data: Summary) -> tuple[Tensor, Tensor | None]:
-    """Values and weights whose sums are those of the whole data."""
-    if data.sample.shape[1] == data.count:
-        return data.sample, None
-    bulk = (data.sample >= data.low[:, -1:]) & (data.sample <= data.high[:, -1:])
-    rest = max(data.count - 2 * data.low.shape[1], 0)
-    weight = bulk * (rest / bulk.sum(1, keepdim=True).clamp(min=1))
-    tails = torch.cat([data.low, data.high], 1)
-    return torch.cat([tails, data.sample], 1), torch.cat([torch.ones_like(tails), weight.to(tails.dtype)], 1)
 
 
 def probability_codebook(codec: str, bits: int, **params: Any) -> SiteQuantizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -84,9 +84,11 @@ def gelu_sites(job: Job, codec: str) -> Iterator[tuple[Site, SiteSpec]]:
             job.notes[site.name] = f"uniform: {codec} is for GELU and per tensor, {reason}"
 
 
-def fit_activations(job: Job, summaries: dict[str, Summary], rule: RangeRule) -> None:
-    """Quantizers of all activations whose site is not fitted yet, from their summaries."""
-    for site, spec in job.progress(list(job.fitted_sites(*ACTIVATIONS)), "activations"):
+def fit_activations(
+    job: Job, summaries: dict[str, Summary], rule: RangeRule, roles: Sequence[str] = ACTIVATIONS
+) -> None:
+    """Quantizers of all activations of these roles whose site is not fitted yet, from their summaries."""
+    for site, spec in job.progress(list(job.fitted_sites(*roles)), "activations"):
         if site.name not in job.quantizers:
             empty = empty_quantizer(job, site, spec)
             job.quantizers[site.name] = _filled(empty, summaries[site.name], rule)

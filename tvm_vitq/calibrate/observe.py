@@ -24,11 +24,14 @@ LEAST_SAMPLE = 512
 
 @dataclass(frozen=True)
 class View:
-    """Which elements of a site's tensor form a row: granularity, axis and group size as in a plan."""
+    """Which elements of a site's tensor form a row: granularity, axis and group size as in a plan; values
+    larger than `within` count as 0.
+    """
 
     granularity: str
     axis: int | None = None
     group_size: int | None = None
+    within: float | None = None
 
 
 def view_of(quantizer: SiteQuantizer) -> View:
@@ -90,7 +93,8 @@ class _Observer(Hooks):
     def quantize(self, site: str, x: torch.Tensor) -> torch.Tensor:
         view = self.views.get(site)
         if view is not None:
-            rows = rows_of(x, view.granularity, view.axis, view.group_size)
+            seen = x if view.within is None else x * (x.abs() <= view.within)
+            rows = rows_of(seen, view.granularity, view.axis, view.group_size)
             if site not in self.collectors:
                 count = rows.shape[1] // x.shape[0] * self.job.batches
                 sample = max(SAMPLE // len(rows), LEAST_SAMPLE)

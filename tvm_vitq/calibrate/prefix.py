@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tvm_vitq.calibrate.simulate import FakeQuantize
@@ -35,3 +36,16 @@ class Quantized(FakeQuantize):
         """Raise ranges to what came by."""
         for name, largest in self.ranges.items():
             ranges[name] = max(largest, ranges.get(name, 0.0))
+
+
+class Taking(Quantized):
+    """Keeps one variable as rows [tokens, channels]; quantizes only if there are quantizers."""
+
+    def __init__(self, variable: str, quantizers: dict[str, SiteQuantizer] | None) -> None:
+        super().__init__(quantizers or {})
+        self.variable, self.rows = variable, torch.empty(0)
+
+    def value(self, name: str, x: Tensor) -> Tensor:
+        if name == self.variable:
+            self.rows = x.flatten(0, -2)
+        return x

@@ -33,7 +33,7 @@ from tvm_vitq.calibrate.executor import Executor
 from tvm_vitq.calibrate.fit import fit_weight
 from tvm_vitq.calibrate.job import Cost, Job
 from tvm_vitq.calibrate.losses import CHUNK
-from tvm_vitq.calibrate.prefix import Quantized
+from tvm_vitq.calibrate.prefix import Quantized, Taking
 from tvm_vitq.calibrate.searches import RangeRule
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.quantizers.granularity import blocked_shape, fit_shape
@@ -173,7 +173,7 @@ def _moments(
 ) -> Moments:
     """Runs the unit up to the layer on all images, in float and quantized."""
     (step,) = (s for s in run[0].steps if (s.op, s.layer) == ("vitq.linear", layer))
-    taken, wanted = _Taking(step.arguments[0].name, quantizers), _Taking(step.name, None)
+    taken, wanted = Taking(step.arguments[0].name, quantizers), Taking(step.name, None)
     parts = []
     for exact, quantized in zip(float_run[1].split(CHUNK), run[1].split(CHUNK), strict=True):
         float_run[0].run_between(unit.start, step.name, exact, wanted)
@@ -183,16 +183,3 @@ def _moments(
     mean = torch.stack(parts).sum(0)
     mean /= mean[x.shape[1] - 1, -1].clone()  # the sum of ones
     return Moments(mean[: x.shape[1]], mean[x.shape[1] :])
-
-
-class _Taking(Quantized):
-    """Keeps one variable as rows [tokens, channels]; quantizes only if there are quantizers."""
-
-    def __init__(self, variable: str, quantizers: dict[str, SiteQuantizer] | None) -> None:
-        super().__init__(quantizers or {})
-        self.variable, self.rows = variable, torch.empty(0)
-
-    def value(self, name: str, x: Tensor) -> Tensor:
-        if name == self.variable:
-            self.rows = x.flatten(0, -2)
-        return x

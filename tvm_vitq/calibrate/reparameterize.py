@@ -16,7 +16,7 @@ Methods that differ here (the median of DopQ-ViT, a searched s~) differ in name,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,9 @@ from tvm_vitq.graph import columns_read, data_operands, is_movement
 from tvm_vitq.ops import attrs, op_name, shape_of
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.relax_passes.sites import bindings, readers
+
+Range = tuple[torch.Tensor, torch.Tensor]
+"""Lower and upper ends, [C] each."""
 
 SMALLEST_RATIO = 2.0**-10
 """Channels narrower than this share of the mean are scaled as if they were that wide: gamma / r stays
@@ -163,40 +166,63 @@ def fold_layer_norms(
     rule : the range of each channel.
     target : one of `TARGETS`.
     """
+    fit_channels(job, folds, channel_ranges(job, folds, summaries, rule))
+    fold_quantizers(job, folds, target)
+
+
+def channel_ranges(
+    job: Job, folds: list[Fold], summaries: dict[str, Summary], rule: RangeRule
+) -> dict[str, Range]:
+    """The range of each channel by LayerNorm: the widest of what the rule gives at its sites."""
+    found = {}
+    for fold in folds:
+        bits = job.specs[fold.sites[0]].bits
+        lows, highs = zip(*(rule(summaries[site], bits, False) for site in fold.sites), strict=True)
+        found[fold.layer] = torch.stack(lows).amin(0), torch.stack(highs).amax(0)
+    return found
+
+
+def fit_channels(job: Job, folds: list[Fold], ranges: Mapping[str, Range]) -> None:
+    """Quantizers with numbers per channel for all sites of folds, which the integer program cannot have but
+    `fold_quantizers` removes. A constant output gets one for all channels, and a note.
+    """
+    for fold in folds:
+        bits = job.specs[fold.sites[0]].bits
+        low, high = (end.double().numpy() for end in ranges[fold.layer])
+        gamma = job.executor.constants[f"{fold.layer}.gamma"].double().numpy()
+        step = np.maximum((high - low) / (2**bits - 1), FINEST_STEP * np.abs(gamma))
+        if step.max() > 0:
+            step = np.maximum(step, SMALLEST_RATIO * step.mean())
+            zero = np.rint(-low / step).astype(np.int64)
+            made = SiteQuantizer(bits, step.tolist(), zero.tolist(), granularity="channel", axis=-1)
+        else:
+            job.notes[fold.layer] = "per-channel scales not folded: its output is constant"
+            numbers = quantizer_numbers(torch.from_numpy(low[:1]), torch.from_numpy(high[:1]), bits, False)
+            made = SiteQuantizer(bits, numbers[0].tolist(), numbers[1].tolist())
+        job.quantizers |= dict.fromkeys(fold.sites, made)
+
+
+def fold_quantizers(job: Job, folds: list[Fold], target: str = "mean") -> None:
+    """Replace the quantizers of `fit_channels` by one for all channels that gives the same codes: changes
+    the module's constants, the sites' quantizers and ranges.
+    """
     if target not in TARGETS:
         raise VitqError("unknown target of scales", where="target", got=target, expected=", ".join(TARGETS))
     changed: dict[str, np.ndarray] = {}
     for fold in folds:
-        _apply(job, fold, [summaries[site] for site in fold.sites], rule, target, changed)
+        if job.quantizers[fold.sites[0]].granularity == "channel":
+            _apply(job, fold, target, changed)
     if changed:
         job.replace(changed)
 
 
-def _apply(
-    job: Job,
-    fold: Fold,
-    summaries: list[Summary],
-    rule: RangeRule,
-    target: str,
-    changed: dict[str, np.ndarray],
-) -> None:
-    bits = job.specs[fold.sites[0]].bits
-    ranges = [rule(summary, bits, False) for summary in summaries]
-    low = torch.stack([low for low, _ in ranges]).amin(0).double().numpy()
-    high = torch.stack([high for _, high in ranges]).amax(0).double().numpy()
+def _apply(job: Job, fold: Fold, target: str, changed: dict[str, np.ndarray]) -> None:
+    quantizer = job.quantizers[fold.sites[0]]
     constants = {n: v.double().numpy() for n, v in job.executor.constants.items() if _of(fold, n)}
-    step = np.maximum((high - low) / (2**bits - 1), FINEST_STEP * np.abs(constants[f"{fold.layer}.gamma"]))
-    if not step.max() > 0:
-        job.notes[fold.layer] = "per-channel scales not folded: its output is constant"
-        for site in fold.sites:
-            numbers = quantizer_numbers(torch.from_numpy(low[:1]), torch.from_numpy(high[:1]), bits, False)
-            job.quantizers[site] = SiteQuantizer(bits, numbers[0].tolist(), numbers[1].tolist())
-        return
-    step = np.maximum(step, SMALLEST_RATIO * step.mean())
+    step, zero = np.array(quantizer.scale), np.array(quantizer.zero_point, np.float64)
     middle = TARGETS[target]
     common = float(np.float32(middle(step)))
-    zero = np.rint(-low / step)
-    common_zero = int(np.clip(np.rint(middle(zero)), 0, 2**bits - 1))
+    common_zero = int(np.clip(np.rint(middle(zero)), 0, quantizer.qmax))
     ratio, shift = step / common, common * (common_zero - zero)
 
     new = {f"{fold.layer}.gamma": constants[f"{fold.layer}.gamma"] / ratio}
@@ -207,7 +233,7 @@ def _apply(
         new[f"{linear}.bias"] = constants[f"{linear}.bias"] + weight @ shift
     changed |= {name: value.astype(np.float32) for name, value in new.items()}
     for site in fold.sites:
-        job.quantizers[site] = SiteQuantizer(bits, [common], [common_zero])
+        job.quantizers[site] = SiteQuantizer(quantizer.bits, [common], [common_zero])
 
     for variable, origin in fold.variables.items():
         ends = [end.double().numpy() / ratio - shift for end in job.channel_ranges[origin]]

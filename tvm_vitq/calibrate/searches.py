@@ -21,6 +21,9 @@ RangeRule = Callable[[Summary, int, bool], tuple[Tensor, Tensor]]
 PERCENTILES = (0.999, 0.9999, 0.99999)
 """Candidates of the percentile search of the RepQ-ViT code family."""
 
+WEIGHT_PERCENTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 0.99999)
+"""Candidates for weights in the released code of I&S-ViT."""
+
 
 def minmax(summary: Summary, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
     """The whole range: nothing is clipped."""
@@ -68,6 +71,46 @@ def mse(steps: int = 28, smallest: float = 0.04) -> RangeRule:
         return torch.maximum(low, lowest), torch.minimum(high, highest)
 
     return rule
+
+
+BINS = 2048
+"""Of the histogram that `plane` measures errors on: eight in a step of 8 bits over the whole range."""
+
+
+def plane(steps: int = 100, power: float = 2.4) -> RangeRule:
+    """The best of all pairs of a step and a zero point: `steps` fractions of the width of the range, evenly
+    from 1 down, with every zero point. Best is the smallest mean of ``|error|**power``.
+
+    For unsigned quantizers only, of few rows: each costs `steps` times 2**bits times `BINS` errors.
+    """
+
+    def rule(summary: Summary, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
+        assert not signed  # by the recipe
+        found = [_plane(x, w, bits, steps, power) for x, w in zip(*summary.weighted(), strict=True)]
+        lows, highs = zip(*found, strict=True)
+        return torch.tensor(lows), torch.tensor(highs)
+
+    return rule
+
+
+def _plane(x: Tensor, weight: Tensor, bits: int, steps: int, power: float) -> tuple[float, float]:
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    width, last = high - low, 2**bits - 1
+    if not width > 0:
+        return low, high
+    place = ((x - low) * (BINS / width)).long().clamp(0, BINS - 1)
+    count = torch.zeros(BINS).index_add_(0, place, weight.float())
+    centre = (low + (torch.arange(BINS) + 0.5) * (width / BINS))[count > 0]
+    count = count[count > 0]
+    zeros = torch.arange(last + 1, dtype=torch.float32)[:, None]
+    best = (math.inf, low, high)
+    for i in range(steps, 0, -1):
+        scale = width * i / steps / last
+        codes = ((centre / scale).round() + zeros).clamp_(0, last).sub_(zeros)
+        errors = codes.mul_(scale).sub_(centre).abs_().pow_(power) @ count
+        zero = int(errors.argmin())
+        best = min(best, (float(errors[zero]), -zero * scale, (last - zero) * scale))
+    return best[1:]
 
 
 def whole(inner: RangeRule, factor: float = 1.2) -> RangeRule:

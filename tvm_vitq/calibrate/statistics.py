@@ -65,6 +65,17 @@ class Summary:
 
         return between(low), between(high)
 
+    def weighted(self) -> tuple[Tensor, Tensor]:
+        """Values and weights [P, n] whose sums are those of the whole rows."""
+        if self.sample.shape[1] == self.count:
+            return self.sample, torch.ones_like(self.sample)
+        bulk = (self.sample >= self.low[:, -1:]) & (self.sample <= self.high[:, -1:])
+        rest = max(self.count - 2 * self.low.shape[1], 0)
+        weight = bulk * (rest / bulk.sum(1, keepdim=True).clamp(min=1))
+        tails = torch.cat([self.low, self.high], 1)
+        weights = torch.cat([torch.ones_like(tails), weight.to(tails.dtype)], 1)
+        return torch.cat([tails, self.sample], 1), weights
+
     def squared_error(self, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> Tensor:
         """Mean squared error of uniform quantization of every row with scale, zero : [P], as [P]."""
         size = self.low.shape[1]

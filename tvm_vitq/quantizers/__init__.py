@@ -13,6 +13,7 @@ from tvm_vitq.quantizers.lloyd_max import LloydMax
 from tvm_vitq.quantizers.log2 import Log2
 from tvm_vitq.quantizers.log_int_softmax import LogIntSoftmax
 from tvm_vitq.quantizers.log_sqrt2 import LogSqrt2
+from tvm_vitq.quantizers.outliers import UniformOutliers
 from tvm_vitq.quantizers.row_maximum import RowMaximum
 from tvm_vitq.quantizers.shift_log2 import ShiftLog2
 from tvm_vitq.quantizers.shift_uniform_log2 import ShiftUniformLog2
@@ -23,6 +24,7 @@ from tvm_vitq.quantizers.uniform import Uniform
 
 ALL: tuple[Codec, ...] = (
     Uniform(),
+    UniformOutliers(),
     RowMaximum(),
     Log2(),
     LogIntSoftmax(),

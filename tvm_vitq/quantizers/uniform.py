@@ -20,6 +20,10 @@ class Uniform(Codec):
 
     name = "uniform"
 
+    def limits(self, site: SiteQuantizer) -> tuple[int, int]:
+        """Smallest and largest code."""
+        return site.qmin, site.qmax
+
     def parameters(self, site: SiteQuantizer) -> dict[str, Array]:
         return {
             "scale": np.array(site.scale, np.float32),
@@ -29,7 +33,7 @@ class Uniform(Codec):
     def encode(self, x: Array, site: SiteQuantizer) -> Array:
         scale, zero = (fit_shape(v, site, x.shape) for v in self.parameters(site).values())
         blocked = np.asarray(x, np.float32).reshape(blocked_shape(site, x.shape))
-        codes = np.clip(np.rint(blocked / scale) + zero, site.qmin, site.qmax)
+        codes = np.clip(np.rint(blocked / scale) + zero, *self.limits(site))
         return codes.astype(np.int32).reshape(x.shape)
 
     def decode(self, codes: Array, site: SiteQuantizer) -> Array:
@@ -42,7 +46,7 @@ class Uniform(Codec):
         zero = fit_shape(parameters["zero_point"], site, x.shape)
         steps = x.reshape(blocked_shape(site, x.shape)) / scale
         rounded = steps + (steps.round() - steps).detach() if steps.requires_grad else steps.round()
-        codes = (rounded + zero).clamp(site.qmin, site.qmax)
+        codes = (rounded + zero).clamp(*self.limits(site))
         return ((codes - zero) * scale).reshape(x.shape)
 
 
