@@ -24,6 +24,7 @@ def quantize(
     batch: int = 1,
     checkpoint: str | os.PathLike[str] | None = None,
     pretrained: bool = False,
+    calibration_count: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     plan: QuantPlan | str | os.PathLike[str] | None = None,
     requantize: str = "multiply",
@@ -43,6 +44,8 @@ def quantize(
     recipe : calibration method, see `tvm_vitq.recipes`: "percentile", "minmax", "repq-vit", "adalog", ...
     calibration : float32 images (N, 3, H, W), normalized; or an iterable of such batches (a DataLoader), a
         folder of image files, or None: images are synthesized, which the plan and the report say.
+    calibration_count : images used at most; a folder is drawn from at random, across its class folders. None:
+        of a folder as many as the recipe's paper takes, of others at least 128.
     input_shape : (3, H, W) or (N, 3, H, W) if the model takes sizes other than its default.
     batch : images per call of the compiled library, fixed at build.
     checkpoint : .safetensors, .pth or .pt file for a timm name; pretrained : let timm fetch its weights.
@@ -80,6 +83,7 @@ def quantize(
         overrides=overrides,
         requantize=requantize,
         seed=seed,
+        limit=calibration_count,
         progress=progress,
         **recipe_options,
     )

@@ -23,6 +23,7 @@ class Subject:
     form : "library", "reference" (a quantized model executed by NumPy) or "float".
     run : what `evaluate` takes; model : name of the float model it came from.
     plan_hash : libraries and references with equal hashes must return equal logits; empty for float models.
+    classes : logits per image, None if unknown.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Subject:
     input_shape: tuple[int, ...]
     preprocessing: Any = None
     plan_hash: str = ""
+    classes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def compare(
     emulate: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     pretrained: bool = False,
+    class_list: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Evaluate files and float models on the same images.
@@ -119,7 +122,7 @@ def compare(
     ----------
     subjects : libraries, quantized models, and names of float models. If none of them is a float model and
         the first came from a reference model, that one joins.
-    data, limit : see `tvm_vitq.datasets.load_dataset`.
+    data, limit, class_list : see `tvm_vitq.datasets.load_dataset`.
     emulate : run AArch64 libraries under qemu.
     checkpoint, pretrained : weights of the float models.
 
@@ -151,7 +154,14 @@ def compare(
                 expected=f"{chosen[0].input_shape[1:]} as {chosen[0].name}",
             )
     preprocessing = next((s.preprocessing for s in chosen if s.preprocessing), None)
-    dataset = load_dataset(data, chosen[0].input_shape, preprocessing, limit=limit)
+    dataset = load_dataset(
+        data,
+        chosen[0].input_shape,
+        preprocessing,
+        limit=limit,
+        classes=chosen[0].classes,
+        class_list=class_list,
+    )
     results = [evaluate(subject.run, dataset, progress=progress) for subject in chosen]
     return Comparison(f"{dataset.name}: {dataset.count} images", rows_of(chosen, results))
 
@@ -190,14 +200,30 @@ def _file(path: str | os.PathLike[str], emulate: bool) -> Subject:
     if kind == "model":
         plan = artifact.plan
         return Subject(
-            name, "reference", artifact.name, artifact, artifact.input_shape, plan.preprocessing, plan.hash
+            name,
+            "reference",
+            artifact.name,
+            artifact,
+            artifact.input_shape,
+            plan.preprocessing,
+            plan.hash,
+            artifact.classes,
         )
     info = artifact.info
     run = artifact
     if emulate and info.target.arch == "aarch64" and not info.target.is_host_arch:
         run = emulated(Path(path), info)
         name += " (qemu)"
-    return Subject(name, "library", info.model, run, info.input_shape, info.preprocessing, info.plan_hash)
+    return Subject(
+        name,
+        "library",
+        info.model,
+        run,
+        info.input_shape,
+        info.preprocessing,
+        info.plan_hash,
+        info.classes,
+    )
 
 
 def emulated(library: Path, info: Any) -> Callable[[np.ndarray], np.ndarray]:
@@ -230,4 +256,12 @@ def float_subject(
     else:
         module = create(name, (shape[-2], shape[-1]) if shape else None, checkpoint, pretrained)
     image = default_image(module) or (shape or ())[1:]
-    return Subject(f"{name} (float)", "float", name, module, (1, *image), preprocessing_of(module))
+    return Subject(
+        f"{name} (float)",
+        "float",
+        name,
+        module,
+        (1, *image),
+        preprocessing_of(module),
+        classes=getattr(module, "num_classes", None),
+    )

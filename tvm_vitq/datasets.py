@@ -6,13 +6,16 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tvm_vitq.cpu import usable_cores
 from tvm_vitq.errors import VitqError
+from tvm_vitq.image_folders import labelled, read_image
 
 REFMODEL = "refmodel"
 
@@ -38,6 +41,8 @@ def load_dataset(
     preprocessing: Mapping[str, Any] | None = None,
     *,
     limit: int | None = None,
+    classes: int | None = None,
+    class_list: str | os.PathLike[str] | None = None,
 ) -> Dataset:
     """A dataset by what a user writes.
 
@@ -46,31 +51,35 @@ def load_dataset(
     source : "refmodel" (test images of the reference models) or "refmodel:20000" (so many others); an .npz
         file with arrays `labels` and `images` (float32 (N, 3, H, W), normalized; or uint8 (N, H, W, 3), then
         normalized as `preprocessing` says); or a folder with one folder per class, in alphabetical order of
-        their labels (torchvision's ImageFolder).
+        their labels (torchvision's ImageFolder, ImageNet's val/<WordNet id>/*.JPEG).
     input_shape : of the model, (batch, 3, H, W).
     preprocessing : of the model: mean, std, and for folders crop_pct and interpolation.
     limit : images used at most, evenly spread.
+    classes : logits of the model, to check labels and class folders by; None: unknown.
+    class_list : text file with the folder name of every class, one a line, in the model's order; see
+        `image_folders.labelled` for what holds without one.
 
     Raises
     ------
-    VitqError : no such source, no images, wrong shape or type.
+    VitqError : no such source, no images, wrong shape or type, class folders that do not fit the model.
     """
     if limit is not None and limit < 1:
         raise VitqError("limit is too small", where="limit", got=limit, expected="1 or more")
     if str(source) == REFMODEL:
         from tvm_vitq import refmodels
 
-        return _arrays(*refmodels.test_set(), REFMODEL, input_shape, limit)
+        return _arrays(*refmodels.test_set(), REFMODEL, input_shape, limit, classes)
     drawn = re.fullmatch(f"{REFMODEL}:([1-9][0-9]*)", str(source))
     if drawn:
         from tvm_vitq import refmodels
 
-        return _arrays(*refmodels.more_test_images(int(drawn[1])), str(source), input_shape, limit)
+        return _arrays(*refmodels.more_test_images(int(drawn[1])), str(source), input_shape, limit, classes)
     path = Path(source)
     if path.is_dir():
-        return _folder(path, input_shape, preprocessing, limit)
+        names = None if class_list is None else _names(Path(class_list))
+        return _folder(path, input_shape, preprocessing, limit, labelled(path, classes, names))
     if path.is_file():
-        return _npz(path, input_shape, preprocessing, limit)
+        return _npz(path, input_shape, preprocessing, limit, classes)
     raise VitqError(
         "no such dataset",
         where="data",
@@ -86,8 +95,22 @@ def _spread(count: int, limit: int | None) -> np.ndarray:
     return np.arange(limit) * count // limit
 
 
+def _names(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise VitqError(
+            "cannot read the class list", where=file, got=error, expected="a text file, one name a line"
+        ) from error
+
+
 def _arrays(
-    images: np.ndarray, labels: np.ndarray, name: str, input_shape: tuple[int, ...], limit: int | None
+    images: np.ndarray,
+    labels: np.ndarray,
+    name: str,
+    input_shape: tuple[int, ...],
+    limit: int | None,
+    classes: int | None,
 ) -> Dataset:
     if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != tuple(input_shape[1:]):
         raise VitqError(
@@ -105,12 +128,23 @@ def _arrays(
         )
     if not len(images):
         raise VitqError("the dataset is empty", where=name, expected="at least one image")
+    if classes is not None and not 0 <= labels.min() <= labels.max() < classes:
+        raise VitqError(
+            "labels of other classes than the model has",
+            where=name,
+            got=f"{labels.min()} to {labels.max()}",
+            expected=f"0 to {classes - 1}",
+        )
     chosen = _spread(len(images), limit)
     return Dataset(name, len(chosen), lambda: iter([(images[chosen], labels[chosen].astype(np.int64))]))
 
 
 def _npz(
-    path: Path, input_shape: tuple[int, ...], preprocessing: Mapping[str, Any] | None, limit: int | None
+    path: Path,
+    input_shape: tuple[int, ...],
+    preprocessing: Mapping[str, Any] | None,
+    limit: int | None,
+    classes: int | None,
 ) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -124,7 +158,7 @@ def _npz(
         ) from error
     if images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3:
         images = _normalized(images, preprocessing, path)
-    return _arrays(images, labels, path.name, input_shape, limit)
+    return _arrays(images, labels, path.name, input_shape, limit, classes)
 
 
 def _normalized(images: np.ndarray, preprocessing: Mapping[str, Any] | None, where: Path) -> np.ndarray:
@@ -142,30 +176,23 @@ def _normalized(images: np.ndarray, preprocessing: Mapping[str, Any] | None, whe
 
 
 def _folder(
-    folder: Path, input_shape: tuple[int, ...], preprocessing: Mapping[str, Any] | None, limit: int | None
+    folder: Path,
+    input_shape: tuple[int, ...],
+    preprocessing: Mapping[str, Any] | None,
+    limit: int | None,
+    found: list[tuple[Path, int]],
 ) -> Dataset:
-    from tvm_vitq.calibrate.sources import SUFFIXES, read_image
-
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-    found = [
-        (file, label)
-        for label, entry in enumerate(classes)
-        for file in sorted(entry.rglob("*"))
-        if file.suffix.lower() in SUFFIXES and file.is_file()
-    ]
-    if not found:
-        raise VitqError(
-            "the folder holds no labelled images",
-            where=folder,
-            expected="one folder of images per class, in alphabetical order of their labels",
-        )
-    size = tuple(input_shape[1:])
+    shape = tuple(input_shape[1:])
     chosen = [found[i] for i in _spread(len(found), limit)]
 
-    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start in range(0, len(chosen), 64):
-            part = chosen[start : start + 64]
-            images = [read_image(file, size, preprocessing or {}).numpy() for file, _ in part]
-            yield np.stack(images), np.array([label for _, label in part])
+    def read(item: tuple[Path, int]) -> np.ndarray:
+        return read_image(item[0], shape, preprocessing or {}).numpy()
 
-    return Dataset(folder.name, len(chosen), batches)
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        # Threads: decoding and resizing give the interpreter free.
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            for start in range(0, len(chosen), 64):
+                part = chosen[start : start + 64]
+                yield np.stack(list(pool.map(read, part))), np.array([label for _, label in part])
+
+    return Dataset(folder.resolve().name, len(chosen), batches)

@@ -30,7 +30,8 @@ ROUNDS = 7
 class Result:
     """One row: top-1 in percent of the float model, of the float simulation of the plan and of the compiled
     integer program; half its 95 % confidence interval; SQNR in dB and agreement in percent of program and
-    simulation; seconds of calibration; latency relative to `BASELINE` (None: not measured).
+    simulation; seconds of calibration; latency relative to `BASELINE` (None: not measured); what it was
+    evaluated and calibrated on, as asked for.
     """
 
     model: str
@@ -46,11 +47,15 @@ class Result:
     seconds: float
     latency: float | None
     version: str
+    data: str = ""
+    calibration: str = ""
 
     @property
     def key(self) -> tuple:
         """Equal for rows that answer the same question."""
-        return self.model, self.bits, self.recipe, self.images, self.version
+        return (
+            self.model, self.bits, self.recipe, self.images, self.version, self.data, self.calibration
+        )  # fmt: skip
 
 
 def sweep(
@@ -60,7 +65,10 @@ def sweep(
     data: str | os.PathLike[str],
     *,
     calibration: Any = None,
+    calibration_count: int | None = None,
+    seed: int = 0,
     limit: int | None = None,
+    class_list: str | os.PathLike[str] | None = None,
     batch: int = 50,
     store: str | os.PathLike[str] | None = None,
     latency: bool = True,
@@ -73,8 +81,9 @@ def sweep(
     ----------
     models : float models: "refmodel:vit", timm names.
     recipes : names, or ("all",).
-    data, limit : see `datasets.load_dataset`. calibration : see `tvm_vitq.quantize`; for "refmodel:..." None
-        takes the calibration images of the reference models.
+    data, limit, class_list : see `datasets.load_dataset`.
+    calibration, calibration_count, seed : see `tvm_vitq.quantize`; for "refmodel:..." None takes the
+        calibration images of the reference models.
     store : file of finished rows, one JSON object a line; rows found there are not computed again.
     latency : whether it is measured, by a call of `batch` images.
     loading : `checkpoint` and `pretrained` of the float model.
@@ -92,19 +101,33 @@ def sweep(
         find_recipe(name)
     for width in bits:
         parse_bits(width)
+    images = _described(calibration, calibration_count, seed)
     known = {row.key: row for row in read_store(store)} if store is not None else {}
     subjects = [
         float_subject(name, None, loading.get("checkpoint"), bool(loading.get("pretrained")))
         for name in models
     ]
     for name, subject in zip(models, subjects, strict=True):
-        dataset = load_dataset(data, subject.input_shape, subject.preprocessing, limit=limit)
+        dataset = load_dataset(
+            data,
+            subject.input_shape,
+            subject.preprocessing,
+            limit=limit,
+            classes=subject.classes,
+            class_list=class_list,
+        )
         bench: _Bench | None = None
         for width in bits:
             for recipe in names:
-                key = (name, width, recipe, dataset.count, __version__)
+                what = (name, width, recipe, dataset.count, __version__)
+                key = (*what, str(data), images)
+                before = (*what, "", "")  # rows of when they did not name their data
+                if before in known:
+                    known[key] = known[before]
                 if key not in known:
-                    bench = bench or _Bench(subject, dataset, calibration, batch, latency, progress)
+                    bench = bench or _Bench(
+                        subject, dataset, calibration, calibration_count, seed, batch, latency, progress
+                    )
                     known[key] = Result(
                         name,
                         width,
@@ -112,17 +135,33 @@ def sweep(
                         dataset.count,
                         **bench.measure(width, recipe),
                         version=__version__,
+                        data=str(data),
+                        calibration=images,
                     )
                     if store is not None:
                         _append(store, known[key])
                 yield known[key]
 
 
+def _described(calibration: Any, count: int | None, seed: int) -> str:
+    """What a row says it was calibrated on."""
+    source = calibration if isinstance(calibration, (str, os.PathLike)) else type(calibration).__name__
+    return f"{'default' if calibration is None else source}, {count or 'default'} images, seed {seed}"
+
+
 class _Bench:
     """One float model with its data; whatever its rows share is computed once."""
 
     def __init__(
-        self, subject: Any, dataset: Any, calibration: Any, batch: int, latency: bool, progress: bool
+        self,
+        subject: Any,
+        dataset: Any,
+        calibration: Any,
+        calibration_count: int | None,
+        seed: int,
+        batch: int,
+        latency: bool,
+        progress: bool,
     ) -> None:
         from tvm_vitq import refmodels
         from tvm_vitq.frontend import import_model
@@ -130,6 +169,7 @@ class _Bench:
         self.dataset, self.latency, self.progress = dataset, latency, progress
         own = calibration is None and subject.model.startswith(REFMODEL)
         self.calibration = refmodels.calibration_images() if own else calibration
+        self.options: dict[str, Any] = {"limit": calibration_count, "seed": seed}
         self.model = import_model(subject.run, input_shape=subject.input_shape[1:], batch=batch)
         self.float_run = evaluate(subject.run, dataset, progress=progress)
         self.baseline: Any = self.program(*BASELINE)[2] if latency else None
@@ -143,7 +183,7 @@ class _Bench:
         from tvm_vitq.quantized_model import QuantizedModel
 
         start = time.perf_counter()
-        found = calibrate(self.model, bits, recipe, self.calibration, progress=self.progress)
+        found = calibrate(self.model, bits, recipe, self.calibration, progress=self.progress, **self.options)
         seconds = time.perf_counter() - start
         quantized = QuantizedModel(run_passes(found.mod, realize_passes(found.plan)), found.plan)
         return simulate(found.mod, found.plan), seconds, tvm_vitq.compile(quantized)

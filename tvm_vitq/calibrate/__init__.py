@@ -55,7 +55,7 @@ def calibrate(
     granularities : defaults per kind of operand; None: the recipe's.
     requantize : "multiply", or "shift" for plans whose requantization constants are powers of two. A recipe
         whose scales are all powers of two implies "shift".
-    limit : calibration images used at most.
+    limit : calibration images used at most; None: see `sources.load_images`, with the recipe's own number.
     progress : whether bars are shown.
     work : folder in which recipes that train keep what they have finished; with the same arguments they
         resume from there.
@@ -93,7 +93,8 @@ def calibrate(
         calibration,
         tuple(model.input_shape),
         model.preprocessing,
-        limit=sources.LIMIT if limit is None else limit,
+        limit=limit,
+        wanted=method.calibration_images,
         seed=seed,
     )
     mod, aliases = annotate(model.mod, specs)

@@ -13,13 +13,12 @@ import torch
 
 from tvm_vitq.calibrate.synthesize import synthesize
 from tvm_vitq.errors import VitqError
+from tvm_vitq.image_folders import SUFFIXES, draw, read_image
 
 LIMIT = 128
-"""Images used at most: the methods in the literature use 32 to 128 for ranges, and more hardly move them."""
+"""Images used of an array or a loader, if a recipe does not want more: more hardly move ranges."""
 
 SYNTHESIZED = 32
-
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"))
 
 FORM = "float32 (N, 3, H, W), already normalized"
 
@@ -40,7 +39,8 @@ def load_images(
     input_shape: tuple[int, ...],
     preprocessing: Mapping[str, Any] | None = None,
     *,
-    limit: int = LIMIT,
+    limit: int | None = None,
+    wanted: int = LIMIT,
     seed: int = 0,
 ) -> Images:
     """Calibration images of a model.
@@ -51,19 +51,26 @@ def load_images(
         iterable of such arrays or of ``(images, labels)``.
     input_shape : of the model, (batch, 3, H, W).
     preprocessing : of the model, for folders: "mean", "std", "crop_pct", "interpolation" as in timm.
-    limit : images used at most; a folder is sampled evenly in the order of its file names, others give their
-        first.
+    limit : images used at most: a folder is drawn from at random, across its folders, which count as classes
+        (`image_folders.draw`); others give their first. None: `wanted` of a folder, at least LIMIT of others,
+        which a user chose one by one.
+    wanted : images that the recipe asks for.
+    seed : of what is drawn or synthesized.
 
     Raises
     ------
     VitqError : no images, another shape or type, NaN or infinity, an unreadable file (named).
     """
     shape = tuple(input_shape[1:])
+    if limit is not None and limit < 1:
+        raise VitqError("too few calibration images", where="calibration", got=limit, expected="1 or more")
     if calibration is None:
         values = synthesize(SYNTHESIZED, shape, preprocessing, seed)
         return Images(values, f"synthesized: {SYNTHESIZED} images, 1/f noise and shapes", [])
     if isinstance(calibration, (str, os.PathLike)):
-        return _from_folder(Path(calibration), shape, preprocessing, limit)
+        count = wanted if limit is None else limit
+        return _from_folder(Path(calibration), shape, preprocessing, count, seed)
+    limit = max(wanted, LIMIT) if limit is None else limit
     if isinstance(calibration, (np.ndarray, torch.Tensor)):
         values = _checked(calibration, shape, "calibration")
         return Images(_limited(values, limit), _counted("array", len(values), limit), [])
@@ -150,7 +157,7 @@ def _counted(kind: str, count: int, limit: int) -> str:
 
 
 def _from_folder(
-    folder: Path, shape: tuple[int, ...], preprocessing: Mapping[str, Any] | None, limit: int
+    folder: Path, shape: tuple[int, ...], preprocessing: Mapping[str, Any] | None, count: int, seed: int
 ) -> Images:
     if not folder.is_dir():
         raise VitqError(
@@ -160,43 +167,14 @@ def _from_folder(
             expected="a folder of images",
             fix="check the path; arrays are given as such, to `vitq` as .npy file",
         )
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-    if not files:
+    drawn = draw(folder, count, seed)
+    if not drawn.files:
         raise VitqError(
             "the folder holds no images",
             where=folder,
             expected="files ending in " + ", ".join(sorted(SUFFIXES)),
             fix="check the path: images in folders below it count",
         )
-    total = len(files)
-    if total > limit:
-        files = [files[i * total // limit] for i in range(limit)]
-    values = torch.stack([read_image(file, shape, preprocessing or {}) for file in files])
-    text = f"folder {folder.name}: " + (
-        f"{len(files)} of {total} images" if total > limit else f"{total} images"
-    )
-    return Images(values, text, [file.relative_to(folder).as_posix() for file in files])
-
-
-def read_image(file: Path, shape: tuple[int, ...], preprocessing: Mapping[str, Any]) -> torch.Tensor:
-    """One image, resized and cropped to the model's size as timm's evaluation transform does."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as opened:
-            image = opened.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many types for damaged files
-        raise VitqError(
-            "unreadable image", where=file, got=error, fix="remove the file or repair it"
-        ) from error
-    from timm.data import create_transform
-
-    transform = create_transform(
-        input_size=shape,
-        is_training=False,
-        interpolation=preprocessing.get("interpolation", "bicubic"),
-        mean=preprocessing.get("mean", (0.485, 0.456, 0.406)),
-        std=preprocessing.get("std", (0.229, 0.224, 0.225)),
-        crop_pct=preprocessing.get("crop_pct", 0.875),
-    )
-    return transform(image).float()
+    values = torch.stack([read_image(file, shape, preprocessing or {}) for file in drawn.files])
+    ids = [file.relative_to(folder).as_posix() for file in drawn.files]
+    return Images(values, f"folder {folder.resolve().name}: {drawn.text}", ids)

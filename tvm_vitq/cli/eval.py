@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from tvm_vitq.cli import options
 from tvm_vitq.cli.outcome import Outcome
 
 HELP = "top-1 accuracy of libraries, quantized models (NumPy reference) and float models on the same images"
@@ -39,8 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "compare float, simulation and compiled program",
     )
     parser.add_argument("--bits", default="w8a8", metavar="W,X", help="widths of --recipes: w8a8,w4a4")
-    parser.add_argument("--calibration", metavar="DIR", help="calibration images of --recipes")
+    parser.add_argument(
+        "--calibration",
+        metavar="DATA",
+        help="calibration images of --recipes: folder (ImageNet's train/), .npy file, refmodel",
+    )
+    options.add_drawing(parser)
+    parser.add_argument(
+        "--classes", metavar="FILE", help="folder name of every class, one a line, in the model's order"
+    )
     parser.add_argument("--batch", type=int, default=50, help="images per call of the programs of --recipes")
+    parser.add_argument(
+        "--no-latency",
+        action="store_true",
+        help="measure no latency of --recipes: it needs one more build",
+    )
     parser.add_argument("--markdown", metavar="FILE", help="write the tables of --recipes to a file")
     parser.add_argument(
         "--store", metavar="FILE", help="keep finished rows of --recipes, and resume from them"
@@ -62,6 +76,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
         emulate=arguments.emulate,
         checkpoint=arguments.checkpoint,
         pretrained=arguments.pretrained,
+        class_list=arguments.classes,
         progress=not arguments.json,
     )
     passed = found.meets(min_top1=arguments.min_top1, max_drop=arguments.max_drop, exact=arguments.exact)
@@ -80,10 +95,14 @@ def _sweep(arguments: argparse.Namespace) -> Outcome:
             arguments.bits.split(","),
             arguments.recipes.split(","),
             arguments.data,
-            calibration=arguments.calibration,
+            calibration=options.calibration(arguments.calibration or "none"),
+            calibration_count=arguments.calibration_count,
+            seed=arguments.seed,
+            class_list=arguments.classes,
             limit=arguments.limit,
             batch=arguments.batch,
             store=arguments.store,
+            latency=not arguments.no_latency,
             progress=not arguments.json,
             checkpoint=arguments.checkpoint,
             pretrained=arguments.pretrained,

@@ -44,7 +44,18 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--requantize", default="multiply", help="multiply (default) or shift (powers of two)")
     group.add_argument("--strict", action="store_true", help="refuse a model that keeps float operators")
-    group.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    add_drawing(group)
+
+
+def add_drawing(parser: Any) -> None:
+    """How many images calibration takes, and by which seed."""
+    parser.add_argument(
+        "--calibration-count",
+        type=int,
+        metavar="N",
+        help="calibration images at most, drawn at random from a folder (default: as the recipe's paper)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
 
 
 def quantization(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -53,6 +64,7 @@ def quantization(arguments: argparse.Namespace) -> dict[str, Any]:
         "bits": arguments.bits,
         "recipe": arguments.recipe,
         "calibration": calibration(arguments.calibration),
+        "calibration_count": arguments.calibration_count,
         "checkpoint": arguments.checkpoint,
         "pretrained": arguments.pretrained,
         "input_shape": arguments.input_shape,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tvm_vitq.recipes.base import Recipe
 from tvm_vitq.site_rules import Granularities
@@ -39,6 +39,7 @@ class AdaLog(Recipe):
     """
 
     name = "adalog"
+    calibration_images: ClassVar[int] = 32
     images: int = 32
     rounds: int = 2
     zero: str = "reserved"

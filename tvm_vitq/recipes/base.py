@@ -22,10 +22,14 @@ class Recipe(ABC):
 
     requantize : what the method implies ("shift": all its scales are powers of two), whatever else is asked;
         None: nothing.
+    calibration_images : drawn from a folder of images if nothing else is said, as many as the paper takes.
+    least_images : with fewer the method cannot work, and the calibration is refused.
     """
 
     name: ClassVar[str]
     requantize: ClassVar[str | None] = None
+    calibration_images: ClassVar[int] = 128
+    least_images: ClassVar[int] = 1
 
     @abstractmethod
     def fit(self, job: Job) -> None:

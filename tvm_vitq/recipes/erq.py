@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tvm_vitq.recipes.base import Recipe
 
@@ -28,6 +28,8 @@ class ERQ(Recipe):
     """
 
     name = "erq"
+    calibration_images: ClassVar[int] = 32
+    least_images: ClassVar[int] = 8
     ridge: float = 0.5
     refinements: int = 100
 

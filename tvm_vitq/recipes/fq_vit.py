@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tvm_vitq.recipes.base import Recipe
 
@@ -32,6 +32,7 @@ class FQViT(Recipe):
     """
 
     name = "fq-vit"
+    calibration_images: ClassVar[int] = 1000
     attention_bits: int | None = 4
     zero: str = "reserved"
 

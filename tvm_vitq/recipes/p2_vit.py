@@ -27,6 +27,7 @@ class P2ViT(Recipe):
     """
 
     name = "p2-vit"
+    calibration_images: ClassVar[int] = 1000
     requantize: ClassVar[str | None] = "shift"
     attention_bits: int | None = 4
     zero: str = "reserved"

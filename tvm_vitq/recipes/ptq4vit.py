@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tvm_vitq.recipes.base import Recipe
 from tvm_vitq.site_rules import Granularities
@@ -37,6 +37,7 @@ class PTQ4ViT(Recipe):
     """
 
     name = "ptq4vit"
+    calibration_images: ClassVar[int] = 32
     images: int = 32
     rounds: int = 3
     hessian: bool = True

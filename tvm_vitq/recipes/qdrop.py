@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tvm_vitq.recipes.base import Recipe
 
@@ -23,6 +23,8 @@ class QDrop(Recipe):
     """
 
     name = "qdrop"
+    calibration_images: ClassVar[int] = 1024
+    least_images: ClassVar[int] = 16
     iterations: int = 300
     batch: int = 8
     drop: float = 0.5
