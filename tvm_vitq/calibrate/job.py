@@ -16,6 +16,7 @@ from tvm_vitq.calibrate.executor import Executor, Hooks
 from tvm_vitq.errors import VitqError
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.relax_passes.constants import replace_constants
+from tvm_vitq.relax_passes.replace_activations import replace_activations
 from tvm_vitq.relax_passes.sites import Site, list_sites
 from tvm_vitq.site_rules import SiteSpec
 
@@ -103,11 +104,17 @@ class Job:
         return self.executor.constants[f"{layer}.weight"]
 
     def replace(self, changed: dict[str, np.ndarray]) -> None:
-        """Replace constants of the module ("<layer>.weight", ".bias", ".gamma", ".beta"), keeping shapes and
-        types.
+        """Replace constants of the module ("<layer>.weight", ".bias", ".gamma", ".beta" and others, as the
+        executor names them), keeping shapes and types.
         """
         self.mod = replace_constants(self.mod, changed)
         self.executor = Executor(self.mod)
+
+    def replace_activations(self, kinds: dict[str, str]) -> None:
+        """Give vitq.activation of these layers other functions."""
+        self.mod = replace_activations(self.mod, kinds)
+        self.executor = Executor(self.mod)
+        self.sites = {site.name: site for site in list_sites(self.mod)}
 
     def progress(self, items: Any, about: str) -> Any:
         """`items` with a progress bar that shows the time left."""

@@ -39,13 +39,15 @@ class Batch:
     """One step of training.
 
     output, target : [n, ...] of the unit;  index : which images they are;  probs : probabilities by attention
-    layer, before they are quantized.
+    layer, before they are quantized;  progress : share of the steps that are done, None where the unit is
+    only measured.
     """
 
     output: Tensor
     target: Tensor
     index: Tensor
     probs: dict[str, Tensor]
+    progress: float | None = None
 
 
 Measure = Callable[[Batch], Tensor]
@@ -92,6 +94,105 @@ class Fisher(Loss):
             weight += gradient.square().sum(0)
         weight /= weight.mean().clamp(min=1e-30)
         return lambda batch: ((batch.output - batch.target).square() * weight).mean()
+
+
+@dataclass(frozen=True)
+class PerturbationHessian(Loss):
+    """APHQ-ViT's average perturbation Hessian: ``mean(H (y^ - y)**2)``, ``H = E|g(y + d) - g(y - d)|`` over
+    all images, with g the gradient of the divergence KL(model || model from there on) at the unit's output.
+
+    Each element of d is `epsilon` or minus that, at random: one sign for all channels, as in the released
+    code, is a constant that the next LayerNorm removes.
+
+    temperature : softens both predictions.
+    """
+
+    epsilon: float = 1e-3
+    temperature: float = 20.0
+
+    def prepare(self, context: Context) -> Measure:
+        weight = torch.zeros_like(context.targets[0])
+        generator = torch.Generator().manual_seed(0)
+        for part in context.targets.split(CHUNK):
+            shift = self.epsilon * (2.0 * torch.randint(2, part.shape, generator=generator) - 1.0)
+            ends = [divergence_gradient(context, part + d, part, self.temperature) for d in (shift, -shift)]
+            weight += (ends[0] - ends[1]).abs().sum(0)
+        weight /= weight.mean().clamp(min=1e-30)
+        return lambda batch: ((batch.output - batch.target).square() * weight).mean()
+
+
+@dataclass(frozen=True)
+class LowRankFisher(Loss):
+    """FIMA-Q: the Fisher matrix at the unit's output as a diagonal plus `rank` rows, collected in training.
+
+    At the start of every rank-th part of the steps, g = E|dKL / dy^|, the gradient of the divergence from the
+    float prediction, and d = E|y^ - y|, means over the images of the step, become rows of G and D. With
+    ``D D^T = B`` and e = |y^ - y| of one image, the loss is
+
+        low_rank * mean(e G^T B^-1 G e^T) / its first value + diagonal * mean(e**2 mean(G)) / its first value.
+
+    A unit that is only measured counts by the diagonal term with the first row, which is that of the
+    untrained unit.
+
+    temperature : softens both predictions;  ridge : added to B, relative to its diagonal: rows resemble each
+    other.
+    """
+
+    rank: int = 5
+    low_rank: float = 1.0
+    diagonal: float = 1.0
+    temperature: float = 20.0
+    ridge: float = 1e-2
+
+    def prepare(self, context: Context) -> Measure:
+        return _LowRankFisher(context, self)
+
+
+class _LowRankFisher:
+    def __init__(self, context: Context, settings: LowRankFisher) -> None:
+        self.context, self.settings = context, settings
+        self.gradients: list[Tensor] = []
+        self.errors: list[Tensor] = []
+        self.first: dict[str, Tensor] = {}
+
+    def __call__(self, batch: Batch) -> Tensor:
+        settings, rows, progress = self.settings, len(self.gradients), batch.progress
+        if not rows or (progress is not None and rows < settings.rank and progress * settings.rank >= rows):
+            self.collect(batch)
+        error = (batch.output - batch.target).abs().flatten(1)
+        if progress is None:
+            whole = settings.low_rank + settings.diagonal
+            return whole * self.relative("measured", (error.square() * self.gradients[0]).mean())
+        gradients, errors = torch.stack(self.gradients), torch.stack(self.errors)
+        products = errors @ errors.T
+        products.diagonal().mul_(1 + settings.ridge)
+        along = error @ gradients.T
+        low_rank = (along * torch.linalg.solve(products, along.T).T).sum(1).mean()
+        diagonal = (error.square() * gradients.mean(0)).mean()
+        return settings.low_rank * self.relative("low rank", low_rank) + settings.diagonal * self.relative(
+            "diagonal", diagonal
+        )
+
+    def collect(self, batch: Batch) -> None:
+        gradient = divergence_gradient(self.context, batch.output, batch.target, self.settings.temperature)
+        self.gradients.append(gradient.abs().mean(0).flatten())
+        self.errors.append((batch.output - batch.target).detach().abs().mean(0).flatten())
+
+    def relative(self, name: str, value: Tensor) -> Tensor:
+        return value / self.first.setdefault(name, value.detach().clamp(min=1e-30))
+
+
+def divergence_gradient(context: Context, output: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """The gradient, at each image's unit output, of the divergence of its prediction from that of the float
+    target.
+    """
+    with torch.no_grad():
+        wanted = (_rest(context, target, context.head.stop) / temperature).softmax(-1)
+    with torch.enable_grad():
+        leaf = output.detach().clone().requires_grad_()
+        found = (_rest(context, leaf, context.head.stop) / temperature).log_softmax(-1)
+        (gradient,) = torch.autograd.grad(-(wanted * found).sum(), leaf)
+    return gradient
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ class _Training(Hooks):
         optimizer = torch.optim.Adam(groups)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.iterations)
         for index, progress in self.batches():
-            loss = self.loss(measure, index) / max(before, 1e-30)
+            loss = self.loss(measure, index, progress) / max(before, 1e-30)
             if progress >= settings.warmup and settings.rounding:
                 done = (progress - settings.warmup) / (1 - settings.warmup)
                 beta = settings.beta[0] + (settings.beta[1] - settings.beta[0]) * done
@@ -189,7 +189,7 @@ class _Training(Hooks):
             index = torch.randperm(count, generator=self.generator)[:size]
             yield index, step / self.settings.iterations
 
-    def loss(self, measure: Measure, index: Tensor) -> Tensor:
+    def loss(self, measure: Measure, index: Tensor, progress: float) -> Tensor:
         """The loss of some images as training sees them."""
         settings = self.settings
         x = self.quantized[index]
@@ -203,7 +203,7 @@ class _Training(Hooks):
         self.drop, self.maps = settings.drop, {}
         output = self.student.run_between(self.unit.start, self.unit.stop, x, self)
         self.student.constants |= kept
-        return measure(Batch(output, self.context.targets[index], index, self.maps))
+        return measure(Batch(output, self.context.targets[index], index, self.maps, progress))
 
     def error(self, measure: Measure, fitted: Fitted) -> float:
         """The loss over all images as the plan will run."""

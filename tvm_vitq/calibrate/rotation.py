@@ -3,9 +3,9 @@ outlier channels (QuaRot, SpinQuant, GLF-Q).
 
 Residual stream. Every linear layer, position embedding and class token that writes it is multiplied by Q
 from behind, every linear layer that reads it by Q^T from the front. LayerNorms in between are no obstacle
-once their gamma and beta are moved into the linear layers behind them, and if Q maps ones to ones: then ``xQ``
-has the mean and the variance of x, so ``LN(xQ) = LN(x) Q``. Papers that want any Q replace LayerNorm by
-RMSNorm on a centered stream; here the integer LayerNorm stays as it is.
+once their gamma and beta are moved into the linear layers behind them, and if Q maps ones to ones: then
+``xQ`` has the mean and the variance of x, so ``LN(xQ) = LN(x) Q``. Papers that want any Q replace LayerNorm
+by RMSNorm on a centered stream; here the integer LayerNorm stays as it is.
 
 Heads. Scores do not change under ``q R, k R``, nor does the projection's result under ``v R`` with R^T in its
 weight: each head has its own R for either.
@@ -22,15 +22,30 @@ from tvm_vitq.calibrate.job import Job
 from tvm_vitq.calibrate.orthogonal import hadamard, keeping_ones
 from tvm_vitq.calibrate.streams import find_streams
 from tvm_vitq.graph import Dataflow, columns_read, data_operands, is_movement, move
-from tvm_vitq.numerics import Array
 from tvm_vitq.ops import attrs, op_name, shape_of
 from tvm_vitq.relax_passes.sites import OPERANDS
-
-Constants = dict[str, Tensor]
 
 
 class _Declined(Exception):
     pass
+
+
+class _Constants:
+    """Constants in float64 that replace those of the job in the end."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.changed: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.changed[name] if name in self.changed else self.job.executor.constants[name].double()
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.changed[name] = value
+
+    def write(self) -> None:
+        if self.changed:
+            self.job.replace({name: value.float().numpy() for name, value in self.changed.items()})
 
 
 def rotate_streams(job: Job) -> set[str]:
@@ -43,38 +58,34 @@ def rotate_streams(job: Job) -> set[str]:
     The LayerNorms inside rotated streams, which have gamma 1 and beta 0 now.
     """
     generator = torch.Generator().manual_seed(job.seed)
-    constants = {
-        name: value.double() for name, value in job.executor.constants.items() if value.is_floating_point()
-    }
+    constants = _Constants(job)
     rotated: set[str] = set()
-    changed: set[str] = set()
     for stream in find_streams(job.mod):
         if stream.declined:
             job.notes[next(iter(stream.norms))] = f"residual stream not rotated: {stream.declined}"
             continue
         for norm, readers in stream.norms.items():
-            gamma, beta = constants[f"{norm}.gamma"], constants[f"{norm}.beta"]
-            for layer in readers:
-                weight = constants[f"{layer}.weight"]
-                constants[f"{layer}.bias"] = constants[f"{layer}.bias"] + weight @ beta
-                constants[f"{layer}.weight"] = weight * gamma
-            constants[f"{norm}.gamma"], constants[f"{norm}.beta"] = (
-                torch.ones_like(gamma),
-                torch.zeros_like(beta),
-            )
-            changed |= {f"{norm}.gamma", f"{norm}.beta"} | _parameters(readers)
+            _move_affine(constants, norm, readers)
         matrix = keeping_ones(stream.width, generator)
         for layer in stream.writers:
             constants[f"{layer}.weight"] = matrix.T @ constants[f"{layer}.weight"]
             constants[f"{layer}.bias"] = constants[f"{layer}.bias"] @ matrix
-        for layer in stream.readers:
-            constants[f"{layer}.weight"] = constants[f"{layer}.weight"] @ matrix
-        for name in stream.constants:
+        for name in (*stream.constants, *(f"{layer}.weight" for layer in stream.readers)):
             constants[name] = constants[name] @ matrix
-        changed |= {*stream.constants} | _parameters([*stream.writers, *stream.readers])
         rotated |= set(stream.norms)
-    _replace(job, constants, changed)
+    constants.write()
     return rotated
+
+
+def _move_affine(constants: _Constants, norm: str, readers: list[str]) -> None:
+    """Move gamma and beta of a LayerNorm into the linear layers behind it."""
+    gamma, beta = constants[f"{norm}.gamma"], constants[f"{norm}.beta"]
+    for layer in readers:
+        weight = constants[f"{layer}.weight"]
+        constants[f"{layer}.bias"] = constants[f"{layer}.bias"] + weight @ beta
+        constants[f"{layer}.weight"] = weight * gamma
+    constants[f"{norm}.gamma"] = torch.ones_like(gamma)
+    constants[f"{norm}.beta"] = torch.zeros_like(beta)
 
 
 def rotate_heads(job: Job) -> None:
@@ -84,10 +95,7 @@ def rotate_heads(job: Job) -> None:
     Changes constants; call it before anything is observed.
     """
     generator = torch.Generator().manual_seed(job.seed + 1)
-    constants = {
-        name: value.double() for name, value in job.executor.constants.items() if value.is_floating_point()
-    }
-    changed: set[str] = set()
+    constants = _Constants(job)
     flow = Dataflow(job.mod)
     for binding in flow.bindings:
         if op_name(binding.value) != "vitq.attention":
@@ -98,37 +106,25 @@ def rotate_heads(job: Job) -> None:
                 made = [_made_by(flow, binding, role) for role in roles]
                 read = _read_by(flow, binding) if roles == ("v",) else {}
             except _Declined as reason:
-                known = job.notes.get(layer)
-                text = f"{' and '.join(roles)} not rotated: {reason}"
-                job.notes[layer] = text if known is None else f"{known}; {text}"
+                known = f"{job.notes[layer]}; " if layer in job.notes else ""
+                job.notes[layer] = f"{known}{' and '.join(roles)} not rotated: {reason}"
                 continue
             heads, width = made[0][1].shape
-            matrices = torch.stack([hadamard(width, generator) for _ in range(heads)])
-            for linear, rows in made:
-                for name in (f"{linear}.weight", f"{linear}.bias"):
-                    value = constants[name] = constants[name].clone()
-                    picked = value[torch.from_numpy(rows)].reshape(heads, width, -1)
-                    value[torch.from_numpy(rows)] = (matrices.mT @ picked).reshape(
-                        heads, width, *value.shape[1:]
-                    )
-            for linear, columns in read.items():
-                value = constants[f"{linear}.weight"] = constants[f"{linear}.weight"].clone()
-                picked = value[:, torch.from_numpy(columns)]
-                value[:, torch.from_numpy(columns)] = torch.einsum("nhd,hde->nhe", picked, matrices)
-            changed |= _parameters([*(linear for linear, _ in made), *read])
-    _replace(job, constants, changed)
+            for head in range(heads):
+                matrix = hadamard(width, generator)
+                for linear, channels in made:
+                    for name in (f"{linear}.weight", f"{linear}.bias"):
+                        value = constants[name].clone()
+                        value[channels[head]] = matrix.T @ value[channels[head]]
+                        constants[name] = value
+                for linear, channels in read.items():
+                    value = constants[f"{linear}.weight"].clone()
+                    value[:, channels[head]] = value[:, channels[head]] @ matrix
+                    constants[f"{linear}.weight"] = value
+    constants.write()
 
 
-def _parameters(layers: list[str]) -> set[str]:
-    return {f"{layer}.{role}" for layer in layers for role in ("weight", "bias")}
-
-
-def _replace(job: Job, constants: Constants, changed: set[str]) -> None:
-    if changed:
-        job.replace({name: constants[name].float().numpy() for name in sorted(changed)})
-
-
-def _made_by(flow: Dataflow, attention: relax.VarBinding, role: str) -> tuple[str, Array]:
+def _made_by(flow: Dataflow, attention: relax.VarBinding, role: str) -> tuple[str, Tensor]:
     """The linear layer that makes an operand of attention, and its output channels [heads, width].
 
     Each of its channels must go to one place in this attention and nowhere else.
@@ -160,17 +156,17 @@ def _made_by(flow: Dataflow, attention: relax.VarBinding, role: str) -> tuple[st
         raise _Declined(f"channels of {linear} are mixed with tokens")
     if read != np.prod(shape_of(value)) or len(np.unique(heads)) != heads.size:
         raise _Declined(f"channels of {linear} are read more than once")
-    return linear, np.ascontiguousarray(heads[0, :, 0]).astype(np.int64)
+    return linear, torch.from_numpy(heads[0, :, 0].astype(np.int64))
 
 
-def _read_by(flow: Dataflow, attention: relax.VarBinding) -> dict[str, Array]:
+def _read_by(flow: Dataflow, attention: relax.VarBinding) -> dict[str, Tensor]:
     """The linear layers that read the result of attention, with the input channels [heads, width] at which
     they do.
     """
     shape = shape_of(attention.var)
     heads, width = shape[1], shape[3]
     source = np.broadcast_to(np.arange(heads * width).reshape(1, heads, 1, width), shape)
-    found: dict[str, Array] = {}
+    found: dict[str, Tensor] = {}
     for leaf in flow.leaves(attention.var):
         user = leaf.consumer.value if leaf.consumer is not None else None
         layers = flow.uses[leaf.consumer.var] if op_name(user) == "vitq.quantize" else []
@@ -183,5 +179,5 @@ def _read_by(flow: Dataflow, attention: relax.VarBinding) -> dict[str, Array]:
         if not bool((columns == row).all()) or sorted(row) != list(range(heads * width)):
             raise _Declined("its result is not read head by head")
         for binding in layers:
-            found[attrs(binding.value)["site"]] = np.argsort(row).reshape(heads, width)
+            found[attrs(binding.value)["site"]] = torch.from_numpy(np.argsort(row).reshape(heads, width))
     return found

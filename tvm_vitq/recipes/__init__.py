@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from tvm_vitq.errors import VitqError, nearest
 from tvm_vitq.recipes.adalog import AdaLog
+from tvm_vitq.recipes.adfq_vit import ADFQViT
+from tvm_vitq.recipes.aphq_vit import APHQViT
 from tvm_vitq.recipes.auto import Auto
 from tvm_vitq.recipes.base import Recipe
+from tvm_vitq.recipes.dopq_vit import DopQViT
 from tvm_vitq.recipes.erq import ERQ
+from tvm_vitq.recipes.fima_q import FIMAQ
 from tvm_vitq.recipes.fq_vit import FQViT
+from tvm_vitq.recipes.glf_q import GLFQ
+from tvm_vitq.recipes.is_vit import ISViT
 from tvm_vitq.recipes.minmax import MinMax
 from tvm_vitq.recipes.mse import MeanSquaredError
 from tvm_vitq.recipes.p2_vit import P2ViT
@@ -17,6 +23,7 @@ from tvm_vitq.recipes.ptq4vit import PTQ4ViT
 from tvm_vitq.recipes.q_bert import QBert
 from tvm_vitq.recipes.qdrop import QDrop
 from tvm_vitq.recipes.repq_vit import RepQViT
+from tvm_vitq.recipes.repquant import RepQuant
 from tvm_vitq.recipes.vs_quant import VSQuant
 
 ALL: tuple[type[Recipe], ...] = (
@@ -34,6 +41,13 @@ ALL: tuple[type[Recipe], ...] = (
     P2ViT,
     ERQ,
     QDrop,
+    RepQuant,
+    ISViT,
+    DopQViT,
+    ADFQViT,
+    APHQViT,
+    FIMAQ,
+    GLFQ,
 )
 
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in ALL}
