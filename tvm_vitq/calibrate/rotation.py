@@ -21,7 +21,7 @@ from tvm import relax
 from tvm_vitq.calibrate.job import Job
 from tvm_vitq.calibrate.orthogonal import hadamard, keeping_ones
 from tvm_vitq.calibrate.streams import find_streams
-from tvm_vitq.graph import Dataflow, columns_read, data_operands, is_movement, move
+from tvm_vitq.graph import Dataflow, Leaf, columns_read, data_operands, is_movement, move
 from tvm_vitq.ops import attrs, op_name, shape_of
 from tvm_vitq.relax_passes.sites import OPERANDS
 
@@ -131,22 +131,20 @@ def _made_by(flow: Dataflow, attention: relax.VarBinding, role: str) -> tuple[st
     """
     value = attention.value.args[OPERANDS["vitq.attention"].index(role)]
     path: list[relax.Call] = []
-    while op_name(flow.definition.get(value)) != "vitq.linear":
-        made = flow.definition.get(value)
-        if isinstance(made, relax.Var):
-            value = made
-        elif op_name(made) == "vitq.quantize":
-            value = made.args[0]
-        elif is_movement(made) and len(data_operands(made)) == 1:
+    made = flow.definition.get(value)
+    while made is not None and op_name(made) != "vitq.linear":
+        if is_movement(made) and len(data_operands(made)) == 1:
             path.insert(0, made)
-            value = made.args[0]
-        else:
-            raise _Declined(f"{op_name(made) or 'no linear layer'} makes {role}")
-    linear = attrs(flow.definition[value])["site"]
+        elif op_name(made) != "vitq.quantize" and not isinstance(made, relax.Var):
+            raise _Declined(f"{op_name(made)} makes {role}")
+        value = made if isinstance(made, relax.Var) else made.args[0]
+        made = flow.definition.get(value)
+    if made is None:
+        raise _Declined(f"no linear layer makes {role}")
+    linear = attrs(made)["site"]
     read = 0
     for leaf in flow.leaves(value):
-        user = leaf.consumer.value if leaf.consumer is not None else None
-        behind = flow.uses[leaf.consumer.var] if op_name(user) == "vitq.quantize" else []
+        behind = _quantized_readers(flow, leaf)
         if not behind or any(not b.var.same_as(attention.var) for b in behind):
             raise _Declined(f"{linear} is read by more than this layer")
         read += columns_read(leaf.path, shape_of(value)).size
@@ -159,6 +157,13 @@ def _made_by(flow: Dataflow, attention: relax.VarBinding, role: str) -> tuple[st
     return linear, torch.from_numpy(heads[0, :, 0].astype(np.int64))
 
 
+def _quantized_readers(flow: Dataflow, leaf: Leaf) -> list[relax.VarBinding]:
+    """What reads a value behind its quantizer; nothing where it has none."""
+    if leaf.consumer is None or op_name(leaf.consumer.value) != "vitq.quantize":
+        return []
+    return flow.uses[leaf.consumer.var]
+
+
 def _read_by(flow: Dataflow, attention: relax.VarBinding) -> dict[str, Tensor]:
     """The linear layers that read the result of attention, with the input channels [heads, width] at which
     they do.
@@ -168,10 +173,9 @@ def _read_by(flow: Dataflow, attention: relax.VarBinding) -> dict[str, Tensor]:
     source = np.broadcast_to(np.arange(heads * width).reshape(1, heads, 1, width), shape)
     found: dict[str, Tensor] = {}
     for leaf in flow.leaves(attention.var):
-        user = leaf.consumer.value if leaf.consumer is not None else None
-        layers = flow.uses[leaf.consumer.var] if op_name(user) == "vitq.quantize" else []
+        layers = _quantized_readers(flow, leaf)
         if not layers or any(op_name(b.value) != "vitq.linear" for b in layers):
-            raise _Declined(f"{op_name(user) or 'the caller'} reads the result")
+            raise _Declined("more than linear layers reads its result")
         columns = source
         for step in leaf.path:
             columns = move(step, columns)
