@@ -42,10 +42,10 @@ class Clipping:
     l, falling with a cosine.
     """
 
-    iterations: int = 300
+    iterations: int = 200
     rows: int = 2048
     batch: int = 512
-    rate: float = 0.03
+    rate: float = 0.1
 
 
 def learn_ranges(
@@ -84,9 +84,11 @@ class _Clipping:
         self.codes = 2**bits - 1
 
     def learn(self, start: Range, settings: Clipping, seed: int, bar: Any) -> Range:
+        if not settings.iterations:
+            return start
         logits = [_factor(s, e).logit().requires_grad_() for s, e in zip(start, self.extremes, strict=True)]
         optimizer = torch.optim.Adam(logits, settings.rate)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(settings.iterations, 1))
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.iterations)
         generator = torch.Generator().manual_seed(seed)
         before = float(self.error(start))
         for _ in range(settings.iterations):

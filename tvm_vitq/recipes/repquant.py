@@ -37,7 +37,7 @@ class RepQuant(Recipe):
     calibration_images: ClassVar[int] = 32
     percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999)
     zero: str = "reserved"
-    clipping: int = 300
+    clipping: int = 200
     rounding: int = 500
 
     def fit(self, job: Job) -> None:
