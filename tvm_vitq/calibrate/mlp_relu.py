@@ -54,7 +54,8 @@ class Refit:
 
 
 def gelu_to_relu(job: Job, settings: Refit, label: str = "relu") -> Executor:
-    """Replace every GELU and refit its module, front to back; changes the job's module, constants and costs.
+    """Replace every GELU that linear layers read and refit its module, front to back; others, such as those
+    of gated MLPs, are noted. Changes the job's module, constants and costs.
 
     Call it before anything is observed. Each module gets the input that the refitted modules in front of it
     make.
@@ -73,7 +74,7 @@ def gelu_to_relu(job: Job, settings: Refit, label: str = "relu") -> Executor:
     """
     began, teacher = time.monotonic(), Executor(job.mod)
     units = find_units(job.mod, "module")
-    found = {unit: _gelus(teacher, unit) for unit in units}
+    found = {unit: _gelus(job, teacher, unit) for unit in units}
     job.replace_activations({step.layer: "relu" for steps in found.values() for step in steps})
     student, store = Executor(job.mod), Store(job, label, settings, units)
     changed: dict[str, Tensor] = {}
@@ -105,9 +106,16 @@ def gelu_to_relu(job: Job, settings: Refit, label: str = "relu") -> Executor:
     return teacher
 
 
-def _gelus(executor: Executor, unit: Unit) -> list[Step]:
-    steps = executor.between(unit.start, unit.stop)
-    return [s for s in steps if s.op == "vitq.activation" and s.attributes["kind"] in GELUS]
+def _gelus(job: Job, executor: Executor, unit: Unit) -> list[Step]:
+    read = {site.variable for site in job.sites.values() if site.role == "input"}
+    found = []
+    for step in executor.between(unit.start, unit.stop):
+        if step.op == "vitq.activation" and step.attributes["kind"] in GELUS:
+            if step.name in read:
+                found.append(step)
+            else:
+                job.notes[step.layer] = "GELU stays: no linear layer reads its output"
+    return found
 
 
 def _percentiles(job: Job, activations: Sequence[Step], settings: Refit) -> dict[str, float]:
