@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tvm_vitq import published
 from tvm_vitq.comparison import REFMODEL, float_subject
 from tvm_vitq.datasets import load_dataset
 from tvm_vitq.errors import VitqError
@@ -21,6 +22,9 @@ from tvm_vitq.render import table
 
 BASELINE = ("w8a8", "minmax")
 """What latencies are relative to."""
+
+OWN_IMAGES = 256
+"""Least number of calibration images of a reference model: they are small."""
 
 ROUNDS = 7
 """Of latency: baseline and candidate in turns; the median of their ratios counts."""
@@ -69,7 +73,7 @@ def sweep(
     seed: int = 0,
     limit: int | None = None,
     class_list: str | os.PathLike[str] | None = None,
-    batch: int = 50,
+    batch: int = 8,
     store: str | os.PathLike[str] | None = None,
     latency: bool = True,
     progress: bool = True,
@@ -82,8 +86,8 @@ def sweep(
     models : float models: "refmodel:vit", timm names.
     recipes : names, or ("all",).
     data, limit, class_list : see `datasets.load_dataset`.
-    calibration, calibration_count, seed : see `tvm_vitq.quantize`; for "refmodel:..." None takes the
-        calibration images of the reference models.
+    calibration, calibration_count, seed : see `tvm_vitq.quantize`; for "refmodel:..." None takes as many
+        calibration images of the reference models as the recipe asks for, at least 256.
     store : file of finished rows, one JSON object a line; rows found there are not computed again.
     latency : whether it is measured, by a call of `batch` images.
     loading : `checkpoint` and `pretrained` of the float model.
@@ -163,13 +167,11 @@ class _Bench:
         latency: bool,
         progress: bool,
     ) -> None:
-        from tvm_vitq import refmodels
         from tvm_vitq.frontend import import_model
 
         self.dataset, self.latency, self.progress = dataset, latency, progress
-        own = calibration is None and subject.model.startswith(REFMODEL)
-        self.calibration = refmodels.calibration_images() if own else calibration
-        self.options: dict[str, Any] = {"limit": calibration_count, "seed": seed}
+        self.own = calibration is None and subject.model.startswith(REFMODEL)
+        self.calibration, self.count, self.seed = calibration, calibration_count, seed
         self.model = import_model(subject.run, input_shape=subject.input_shape[1:], batch=batch)
         self.float_run = evaluate(subject.run, dataset, progress=progress)
         self.baseline: Any = self.program(*BASELINE)[2] if latency else None
@@ -177,13 +179,21 @@ class _Bench:
     def program(self, bits: str, recipe: str) -> tuple[Any, float, Any]:
         """Simulation, seconds of calibration, and compiled library."""
         import tvm_vitq
+        from tvm_vitq import refmodels
         from tvm_vitq.calibrate import calibrate
         from tvm_vitq.calibrate.simulate import simulate
         from tvm_vitq.pipeline import realize_passes, run_passes
         from tvm_vitq.quantized_model import QuantizedModel
+        from tvm_vitq.recipes import find_recipe
 
+        images, count = self.calibration, self.count
+        if self.own:
+            count = count or max(OWN_IMAGES, find_recipe(recipe).calibration_images)
+            images = refmodels.calibration_images(count)
         start = time.perf_counter()
-        found = calibrate(self.model, bits, recipe, self.calibration, progress=self.progress, **self.options)
+        found = calibrate(
+            self.model, bits, recipe, images, limit=count, seed=self.seed, progress=self.progress
+        )
         seconds = time.perf_counter() - start
         quantized = QuantizedModel(run_passes(found.mod, realize_passes(found.plan)), found.plan)
         return simulate(found.mod, found.plan), seconds, tvm_vitq.compile(quantized)
@@ -290,7 +300,7 @@ def markdown(rows: Sequence[Result]) -> str:
             "| recipe | compiled | simulation | agreement | SQNR to simulation | calibration | latency |\n"
             "|---|---|---|---|---|---|---|\n" + "".join(f"| {' | '.join(_cells(row))} |\n" for row in mine)
         )
-    return "\n".join(parts)
+    return "\n".join([*parts, published.markdown()])
 
 
 def _cells(row: Result) -> tuple[str, ...]:

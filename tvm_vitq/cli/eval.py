@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes", metavar="FILE", help="folder name of every class, one a line, in the model's order"
     )
-    parser.add_argument("--batch", type=int, default=50, help="images per call of the programs of --recipes")
+    parser.add_argument("--batch", type=int, default=8, help="images per call of the programs of --recipes")
     parser.add_argument(
         "--no-latency",
         action="store_true",

@@ -74,9 +74,18 @@ def calibration_images_uint8() -> np.ndarray:
     return unpack(residuals, int(levels))
 
 
-def calibration_images() -> np.ndarray:
-    """float32 (256, 3, 32, 32), normalized as the models expect."""
-    return normalize(calibration_images_uint8())
+def calibration_images(count: int = 256) -> np.ndarray:
+    """float32 (count, 3, 32, 32), normalized as the models expect: the shipped ones, then further ones of the
+    same sources, drawn now.
+    """
+    shipped = calibration_images_uint8()
+    if count <= len(shipped):
+        return normalize(shipped[:count])
+    from tvm_vitq.refmodels import scenes
+
+    recorded = meta()["images"]["calibration"]
+    drawn, _ = scenes.draw(scenes.TRAIN, count - len(shipped), recorded["seed"] + 1, recorded["severity"])
+    return normalize(np.concatenate([shipped, drawn]))
 
 
 def test_set_uint8() -> tuple[np.ndarray, np.ndarray]:
