@@ -75,8 +75,9 @@ def gelu_to_relu(job: Job, settings: Refit, label: str = "relu") -> Executor:
     began, teacher = time.monotonic(), Executor(job.mod)
     units = find_units(job.mod, "module")
     found = {unit: _gelus(job, teacher, unit) for unit in units}
+    limits = {unit: _percentiles(job, steps, settings) for unit, steps in found.items()}
     job.replace_activations({step.layer: "relu" for steps in found.values() for step in steps})
-    student, store = Executor(job.mod), Store(job, label, settings, units)
+    student, store = Executor(job.mod), Store(job, label, (settings, [*limits.values()]), units)
     changed: dict[str, Tensor] = {}
     trained, exact, refitted = 0, job.images, job.images
     bar = job.progress(range(sum(map(bool, found.values())) * settings.iterations), label)
@@ -88,8 +89,7 @@ def gelu_to_relu(job: Job, settings: Refit, label: str = "relu") -> Executor:
             if fitted is None:
                 context = Context(unit, units[-1], teacher, exact, target)
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{job.seed} {label} {number}".encode()))
-                limits = _percentiles(job, found[unit], settings)
-                training = _Refitting(student, context, limits, refitted, settings, generator)
+                training = _Refitting(student, context, limits[unit], refitted, settings, generator)
                 fitted = Fitted(training.run(bar), {})
                 store.save(number, fitted)
                 trained += settings.iterations
