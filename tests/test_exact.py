@@ -17,6 +17,7 @@ from tvm_vitq.calibrate import calibrate
 from tvm_vitq.pipeline import realize_passes, run_passes
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.quantized_model import QuantizedModel
+from tvm_vitq.recipes.adfq_vit import ADFQViT
 from tvm_vitq.site_rules import Granularities
 from tvm_vitq.targets import ISAS, parse
 
@@ -56,6 +57,10 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "tokens": (
         lambda g: g.tiny_vit(depth=1),
         {"granularities": Granularities(input="token"), "recipe": "minmax"},
+    ),
+    "outliers": (
+        lambda g: g.tiny_vit(depth=1, outliers=20.0),
+        {"bits": "w4a4", "recipe": ADFQViT(iterations=0)},
     ),
     "heads": (lambda g: g.tiny_vit(depth=1, heads=4), {"granularities": Granularities(heads="head")}),
     "shift": (lambda g: g.tiny_vit(depth=1), {"requantize": "shift"}),
