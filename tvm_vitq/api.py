@@ -31,6 +31,7 @@ def quantize(
     strict: bool = False,
     seed: int = 0,
     progress: bool = True,
+    budget: Any = None,
     **recipe_options: Any,
 ) -> QuantizedModel:
     """Quantize a trained Vision Transformer.
@@ -40,7 +41,9 @@ def quantize(
     model : timm model name, "refmodel:vit" (see tvm_vitq.refmodels), torch.nn.Module,
         torch.export.ExportedProgram, or path of an ONNX file.
     bits : "w<weight bits>a<activation bits>", 2 to 8 each: "w8a8", "w4a8", "w4a4", ... The image stays at 8
-        bits.
+        bits. "auto": a width for every layer, from how much the prediction suffers, within `budget`.
+    budget : of bits="auto": "4.0bit" (per weight), "0.5x" (size relative to 8 bits), "6MB" (weights, packed)
+        or "0.35x bops" (multiply-accumulates times both widths, relative to w8a8).
     recipe : calibration method, see `tvm_vitq.recipes`: "percentile", "minmax", "repq-vit", "adalog", ...
     calibration : float32 images (N, 3, H, W), normalized; or an iterable of such batches (a DataLoader), a
         folder of image files, or None: images are synthesized, which the plan and the report say.
@@ -85,6 +88,7 @@ def quantize(
         seed=seed,
         limit=calibration_count,
         progress=progress,
+        budget=budget,
         **recipe_options,
     )
     mod = run_passes(calibrated.mod, realize_passes(calibrated.plan))

@@ -249,8 +249,8 @@ class QuantPlan:
             if item.name not in ("format_version", "sites", "statistics"):
                 value = getattr(self, item.name)
                 data[item.name] = dataclasses.asdict(value) if isinstance(value, Calibration) else value
-        data["sites"] = {name: _site_to_dict(site) for name, site in self.sites.items()}
-        data["statistics"] = {name: dataclasses.asdict(seen) for name, seen in self.statistics.items()}
+        data["sites"] = {name: _given(site) for name, site in self.sites.items()}
+        data["statistics"] = {name: _given(seen) for name, seen in self.statistics.items()}
         return data
 
     @classmethod
@@ -312,7 +312,8 @@ class QuantPlan:
         return cls.from_dict(data, source)
 
 
-def _site_to_dict(site: SiteQuantizer) -> dict[str, Any]:
+def _given(site: SiteQuantizer | SiteStatistics) -> dict[str, Any]:
+    """The fields that differ from their defaults."""
     data: dict[str, Any] = {}
     for item in dataclasses.fields(site):
         value = getattr(site, item.name)

@@ -21,12 +21,15 @@ class SiteStatistics:
         rounded already).
     low, high : smallest and largest value seen.
     counts : values per bin; the bins divide [low, high] evenly.
+    divergence : by width, in nats, the KL divergence of the prediction with only this layer quantized to it;
+        measured where widths are chosen.
     """
 
     sqnr: float | None = None
     low: float = 0.0
     high: float = 0.0
     counts: list[int] = field(default_factory=list)
+    divergence: dict[str, float] = field(default_factory=dict)
 
     def check(self, where: str) -> None:
         """VitqError naming `where` if a field is outside its range."""

@@ -16,8 +16,18 @@ MODEL_HELP = (
 def add_quantization(parser: argparse.ArgumentParser) -> None:
     """Everything that `tvm_vitq.quantize` takes."""
     group = parser.add_argument_group("quantization")
-    group.add_argument("--bits", default="w8a8", help="w<weights>a<activations>, 2 to 8 each (default: w8a8)")
-    group.add_argument("--recipe", default="percentile", help="percentile (default), minmax or mse")
+    group.add_argument(
+        "--bits",
+        default="w8a8",
+        help="w<weights>a<activations>, 2 to 8 each (default: w8a8); auto: a width per layer within --budget",
+    )
+    group.add_argument(
+        "--budget",
+        metavar="B",
+        help="of --bits auto: 4.0bit (per weight), 0.5x (size relative to 8 bits), 6MB, '0.35x bops' (bit "
+        "operations relative to w8a8)",
+    )
+    group.add_argument("--recipe", default="percentile", help="percentile (default), auto, repq-vit, ...")
     group.add_argument(
         "--calibration",
         default="none",
@@ -62,6 +72,7 @@ def quantization(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `tvm_vitq.quantize`."""
     return {
         "bits": arguments.bits,
+        "budget": arguments.budget,
         "recipe": arguments.recipe,
         "calibration": calibration(arguments.calibration),
         "calibration_count": arguments.calibration_count,

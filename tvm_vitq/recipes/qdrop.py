@@ -25,6 +25,7 @@ class QDrop(Recipe):
     name = "qdrop"
     calibration_images: ClassVar[int] = 1024
     least_images: ClassVar[int] = 16
+    trains: ClassVar[bool] = True
     iterations: int = 300
     batch: int = 8
     drop: float = 0.5
