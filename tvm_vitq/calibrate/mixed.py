@@ -84,7 +84,8 @@ def choose_widths(
             "the budget is too small",
             where="budget",
             got=str(budget),
-            expected=f"{budget.text(_rounded_up(least / unit))} or more, which is {widths[0]} bits everywhere",
+            expected=f"{budget.text(_rounded_up(least / unit))} or more, "
+            f"which is {widths[0]} bits everywhere",
         )
     losses = {width: divergences(fit(specs[width]), groups) for width in widths}
     free = max((w for w in widths if w <= _average(budget, unit, everything)), default=widths[0])
