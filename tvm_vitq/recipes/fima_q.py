@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tvm_vitq.recipes.base import Recipe
 from tvm_vitq.site_rules import Granularities
@@ -35,6 +35,8 @@ class FIMAQ(Recipe):
     """
 
     name = "fima-q"
+    calibration_images: ClassVar[int] = 1024
+    trains: ClassVar[bool] = True
     iterations: int = 400
     batch: int = 16
     drop: float = 0.5

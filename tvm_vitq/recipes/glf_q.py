@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tvm_vitq.recipes.base import Recipe
 
@@ -37,6 +37,8 @@ class GLFQ(Recipe):
     """
 
     name = "glf-q"
+    calibration_images: ClassVar[int] = 1024
+    trains: ClassVar[bool] = True
     refit: int = 400
     iterations: int = 400
     batch: int = 16
