@@ -301,7 +301,7 @@ def test_recipes_fit_windows_and_repeat(recipe):
 
     options = {"iterations": 2} if recipe == "qdrop" else {"refinements": 5}
     model = import_model(refmodels.load_model("swin"), input_shape=(3, 32, 32), batch=4)
-    images = refmodels.calibration_images()[:10]
+    images = refmodels.calibration_images()[:16]
     made = [calibrate(model, "w4a4", RECIPES[recipe](**options), images, progress=False) for _ in range(2)]
     assert made[0].plan.hash == made[1].plan.hash
     logits = [simulate(m.mod, m.plan)(images) for m in made]

@@ -46,7 +46,8 @@ def quantize(
         or "0.35x bops" (multiply-accumulates times both widths, relative to w8a8).
     recipe : calibration method, see `tvm_vitq.recipes`: "percentile", "minmax", "repq-vit", "adalog", ...
     calibration : float32 images (N, 3, H, W), normalized; or an iterable of such batches (a DataLoader), a
-        folder of image files, or None: images are synthesized, which the plan and the report say.
+        folder of image files; None: images are synthesized, which the plan and the report say;
+        "patch-similarity": images are made from the model itself (`calibrate.patch_similarity`).
     calibration_count : images used at most; a folder is drawn from at random, across its class folders. None:
         of a folder as many as the recipe's paper takes, of others at least 128.
     input_shape : (3, H, W) or (N, 3, H, W) if the model takes sizes other than its default.
@@ -68,6 +69,7 @@ def quantize(
     from tvm_vitq.calibrate import calibrate
     from tvm_vitq.frontend import import_model
     from tvm_vitq.pipeline import realize_passes, run_passes
+    from tvm_vitq.quantizers import codec_of
     from tvm_vitq.relax_passes.sites import list_sites
 
     imported = import_model(
@@ -76,6 +78,8 @@ def quantize(
     if plan is not None:
         given = plan if isinstance(plan, QuantPlan) else QuantPlan.load(plan)
         given.check(site.name for site in list_sites(imported.mod))
+        for name, site in given.sites.items():
+            codec_of(site, f"{name}: codec")
         bits, recipe, requantize = given.bits, given.recipe, given.requantize
         overrides = {**given.asked(), **(overrides or {})}
     calibrated = calibrate(
@@ -91,11 +95,22 @@ def quantize(
         budget=budget,
         **recipe_options,
     )
+    if plan is not None:
+        _note_other_codecs(calibrated.plan, given)
     mod = run_passes(calibrated.mod, realize_passes(calibrated.plan))
     quantized = QuantizedModel(mod, calibrated.plan)
     if strict and quantized.float_islands:
         _refuse_islands(quantized)
     return quantized
+
+
+def _note_other_codecs(plan: QuantPlan, given: QuantPlan) -> None:
+    """Codecs are the recipe's: one edited in a plan has no effect, which must not go unsaid."""
+    for name, site in given.sites.items():
+        if name in plan.sites and plan.sites[name].codec != site.codec:
+            plan.notes[name] = (
+                f"{plan.sites[name].codec}, as recipe {plan.recipe} has it, not {site.codec} of the given plan"
+            )
 
 
 def _refuse_islands(quantized: QuantizedModel) -> None:

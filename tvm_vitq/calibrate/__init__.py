@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     import tvm
 
+    from tvm_vitq.calibrate import sources
     from tvm_vitq.calibrate.budget import Budget
     from tvm_vitq.calibrate.job import Job
 
@@ -56,7 +57,8 @@ def calibrate(
     bits : widths of weights and activations, "w8a8", "w4a8", ... with 2 to 8 bits each; the image keeps 8
         bits. "auto": a width for every layer, chosen within `budget` by `mixed.choose_widths`.
     recipe : name or Recipe.
-    calibration : images; see `sources.load_images`. None: synthesized.
+    calibration : images; see `sources.load_images`. None: synthesized. "patch-similarity", or a
+        `patch_similarity.PatchSimilarity`: made from the model.
     overrides : by site or layer name or pattern, bits and granularity; see `site_rules.resolve_specs`.
     granularities : defaults per kind of operand; None: the recipe's.
     requantize : "multiply", or "shift" for plans whose requantization constants are powers of two. A recipe
@@ -76,7 +78,6 @@ def calibrate(
     VitqError : for any argument out of its range; for a width, or so few images, that the recipe does not
         work with; for a model that computes NaN.
     """
-    from tvm_vitq.calibrate import sources
     from tvm_vitq.calibrate.budget import parse_budget
     from tvm_vitq.calibrate.mixed import AUTO, MIXED, WIDTHS, choose_widths
     from tvm_vitq.calibrate.site_statistics import measure_sites
@@ -112,14 +113,7 @@ def calibrate(
         by_width = {width: specs_at(f"w{width}a{width}") for width in method.widths if width in WIDTHS}
     else:
         specs = specs_at("w8a8" if bits == MIXED and overrides else bits)
-    images = sources.load_images(
-        calibration,
-        tuple(model.input_shape),
-        model.preprocessing,
-        limit=limit,
-        wanted=method.calibration_images,
-        seed=seed,
-    )
+    images = _images(model, calibration, limit, method.calibration_images, seed, progress)
     method.check_images(len(images.values))
     folder = None if work is None else Path(work)
 
@@ -156,6 +150,23 @@ def calibrate(
     )
     plan.check(names)
     return Calibrated(job.mod, plan)
+
+
+def _images(
+    model: Any, calibration: Any, limit: int | None, wanted: int, seed: int, progress: bool
+) -> sources.Images:
+    """Calibration images, given or made from the model."""
+    from tvm_vitq.calibrate import patch_similarity, sources
+
+    if isinstance(calibration, str) and calibration == patch_similarity.NAME:
+        calibration = patch_similarity.PatchSimilarity(limit or patch_similarity.PatchSimilarity.images)
+    if not isinstance(calibration, patch_similarity.PatchSimilarity):
+        shape = tuple(model.input_shape)
+        return sources.load_images(
+            calibration, shape, model.preprocessing, limit=limit, wanted=wanted, seed=seed
+        )
+    values = calibration.make(model.mod, model.preprocessing, seed, progress)
+    return sources.Images(values, f"made from the model: {calibration}", [])
 
 
 def _fitted(

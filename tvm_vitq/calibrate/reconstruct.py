@@ -1,6 +1,6 @@
 """Fits a model unit by unit, so that each quantized unit gives what the float one gives (BRECQ, QDrop).
 
-Trained are weights (`rounding`), biases and the scales of activations. Every trained number counts in a unit
+Trained are weights (`rounding`), biases, LayerNorms and scales. Every trained number counts in a unit
 of its own (a step of the weight's quantizer, the logarithm of a scale), so learning rates fit all layers,
 widths and models, and a few hundred iterations suffice.
 
@@ -60,6 +60,7 @@ class Settings:
     rate: float = 1.0
     rate_scales: float = 2e-3
     rate_biases: float = 0.0
+    rate_norms: float = 0.0
     rounding: float = 1.0
     warmup: float = 0.2
     beta: tuple[float, float] = (20.0, 2.0)
@@ -133,15 +134,24 @@ class _Training(Hooks):
         names = [f"{layer}.weight" for layer in self.unit.layers]
         originals = {name: student.constants[name] for name in names if name in student.constants}
         self.weights = {n: settings.weights(w, job.quantizers[n]) for n, w in originals.items()}
-        self.biases = {
-            n.replace(".weight", ".bias"): float(w.norm(dim=1).mean()) for n, w in originals.items()
-        }
-        self.moves = {n: torch.zeros_like(student.constants[n], requires_grad=True) for n in self.biases}
+        biases = {n.replace(".weight", ".bias"): float(w.norm(dim=1).mean()) for n, w in originals.items()}
+        self.units = (biases if settings.rate_biases else {}) | (self._norms() if settings.rate_norms else {})
+        self.moves = {n: torch.zeros_like(student.constants[n], requires_grad=True) for n in self.units}
         self.numbers: dict[str, dict[str, Tensor]] = {}
         self.logs: dict[str, Tensor] = {}
         for site in [*self.unit.sites, *(f"{layer}.probs" for layer in self.unit.layers)]:
             if site in job.quantizers:
                 self._add(site, job.quantizers[site])
+
+    def _norms(self) -> dict[str, float]:
+        """Affine parts of the unit's LayerNorms, with the unit that they are trained in."""
+        steps = self.student.between(self.unit.start, self.unit.stop)
+        sizes: dict[str, float] = {}
+        for step in steps:
+            if step.op == "vitq.layer_norm":
+                size = float(self.student.constants[f"{step.layer}.gamma"].abs().mean())
+                sizes |= {f"{step.layer}.{part}": size for part in ("gamma", "beta")}
+        return sizes
 
     def _add(self, site: str, quantizer: SiteQuantizer) -> None:
         parameters = codec_of(quantizer).parameters(quantizer)
@@ -155,10 +165,12 @@ class _Training(Hooks):
         measure = settings.loss.prepare(self.context)
         untrained = self.fitted()
         before = self.error(measure, untrained)
+        steps = [p for w in self.weights.values() for p in w.trained_scales]
         rates = (
             ([p for w in self.weights.values() for p in w.trained], settings.rate * settings.weights.rate),
-            (list(self.logs.values()), settings.rate_scales),
-            (list(self.moves.values()), settings.rate_biases),
+            ([*self.logs.values(), *steps], settings.rate_scales),
+            ([m for n, m in self.moves.items() if n.endswith(".bias")], settings.rate_biases),
+            ([m for n, m in self.moves.items() if not n.endswith(".bias")], settings.rate_norms),
         )
         groups = [{"params": params, "lr": rate} for params, rate in rates if params and rate]
         if not groups or not settings.iterations:
@@ -196,10 +208,8 @@ class _Training(Hooks):
         if settings.float_inputs:
             exact = self.context.inputs[index]
             x = torch.lerp(x, exact, random_mask(x.shape, settings.float_inputs, self.generator))
-        kept = {name: self.student.constants[name] for name in self.biases}
-        if settings.rate_biases:
-            for name, size in self.biases.items():
-                self.student.constants[name] = kept[name] + size * self.moves[name]
+        kept = {name: self.student.constants[name] for name in self.moves}
+        self.student.constants |= {n: kept[n] + self.units[n] * move for n, move in self.moves.items()}
         self.drop, self.maps = settings.drop, {}
         output = self.student.run_between(self.unit.start, self.unit.stop, x, self)
         self.student.constants |= kept
@@ -227,10 +237,10 @@ class _Training(Hooks):
         """Where training stands, hardened."""
         constants = {name: weight.hardened() for name, weight in self.weights.items()}
         with torch.no_grad():
-            if self.settings.rate_biases:
-                for name, size in self.biases.items():
-                    constants[name] = self.student.constants[name] + size * self.moves[name]
+            for name, move in self.moves.items():
+                constants[name] = self.student.constants[name] + self.units[name] * move
             scales = {site: self.numbers[site]["scale"] * log.exp() for site, log in self.logs.items()}
+            scales |= {n: w.scales().flatten() for n, w in self.weights.items() if w.trained_scales}
         return Fitted(constants, scales)
 
     def weight(self, site: str, weight: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         default="none",
         metavar="DATA",
-        help="folder of images, .npy file with float32 (N, 3, H, W) normalized images, refmodel, or none "
-        "(default: images are synthesized)",
+        help="folder of images, .npy file with float32 (N, 3, H, W) normalized images, refmodel, "
+        "patch-similarity (images are made from the model), or none (default: images are synthesized)",
     )
     group.add_argument("--checkpoint", metavar="FILE", help="weights of a timm name: .safetensors, .pth")
     group.add_argument("--pretrained", action="store_true", help="let timm fetch its pretrained weights")
