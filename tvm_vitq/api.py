@@ -108,9 +108,8 @@ def _note_other_codecs(plan: QuantPlan, given: QuantPlan) -> None:
     """Codecs are the recipe's: one edited in a plan has no effect, which must not go unsaid."""
     for name, site in given.sites.items():
         if name in plan.sites and plan.sites[name].codec != site.codec:
-            plan.notes[name] = (
-                f"{plan.sites[name].codec}, as recipe {plan.recipe} has it, not {site.codec} of the given plan"
-            )
+            used = plan.sites[name].codec
+            plan.notes[name] = f"{used}, as recipe {plan.recipe} has it, not {site.codec} of the given plan"
 
 
 def _refuse_islands(quantized: QuantizedModel) -> None:

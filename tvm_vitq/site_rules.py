@@ -34,6 +34,12 @@ class SiteSpec:
                 got=self.granularity,
                 expected=", ".join(GRANULARITIES),
             )
+        if self.group_size is not None and (
+            isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 1
+        ):
+            raise VitqError(
+                "malformed group_size", where="group_size", got=self.group_size, expected="1 or more"
+            )
         if (self.granularity == "group") != (self.group_size is not None):
             raise VitqError("group_size belongs to granularity 'group' and only to it", got=self.group_size)
 
@@ -60,6 +66,21 @@ ALLOWED = {
 }
 """Granularities that an integer matmul can apply at each operand. Per-channel inputs are reached by folding
 their scales into the layer in front, which the recipe decides."""
+
+
+WHY_NOT = {
+    "input": "scales per channel are reached by folding them into the LayerNorm in front, which recipes do",
+    "weight": "weights have scales per output channel, or per group of input channels",
+} | dict.fromkeys("qkv", "attention multiplies heads as a whole: give it more bits instead")
+"""Why an operand has no other granularities than `ALLOWED`, by role."""
+
+THE_RECIPES = {
+    "codec": "take a recipe that has it there, see docs/recipes.md; logarithms suit probabilities and GELU",
+    "scale": "give bits or granularity; scales are fitted",
+    "zero_point": "give bits or granularity; zero points are fitted",
+    "params": "give the recipe other parameters, as recipe=RepQViT(zero='implicit')",
+}
+"""What a site has that overrides cannot change, with what to do instead."""
 
 
 def parse_bits(bits: str) -> tuple[int, int]:
@@ -127,12 +148,14 @@ def resolve_specs(
         for site in matched:
             specs[site] = _changed(specs[site], change, pattern, site)
     for site, spec in specs.items():
-        if spec.granularity not in ALLOWED[role_of(site)]:
+        role = role_of(site)
+        if spec.granularity not in ALLOWED[role]:
             raise VitqError(
                 "this operand cannot have this granularity",
                 where=site,
                 got=spec.granularity,
-                expected=", ".join(ALLOWED[role_of(site)]),
+                expected=", ".join(ALLOWED[role]),
+                fix=WHY_NOT.get(role),
             )
     return specs
 
@@ -169,8 +192,18 @@ def _changed(spec: SiteSpec, change: Any, pattern: str, site: str) -> SiteSpec:
         )
     known = ("bits", "granularity", "group_size")
     for key in change:
+        if key in THE_RECIPES:
+            raise VitqError(
+                f"an override cannot choose the {key}: the recipe does, by what an operand is",
+                where=f"{where}: {key}, site {site}",
+                got=change[key],
+                expected=", ".join(known),
+                fix=THE_RECIPES[key],
+            )
         if key not in known:
-            raise VitqError("unknown key", where=f"{where}: {key}", expected=", ".join(known))
+            raise VitqError(
+                "unknown key", where=f"{where}: {key}", expected=nearest(str(key), known) or ", ".join(known)
+            )
     fields = dict(change)
     if "bits" in fields:
         check_bits(fields["bits"], f"{where}, site {site}")

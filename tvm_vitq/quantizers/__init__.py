@@ -41,12 +41,12 @@ ALL: tuple[Codec, ...] = (
 CODECS: dict[str, Codec] = {codec.name: codec for codec in ALL}
 
 
-def codec_of(site: SiteQuantizer) -> Codec:
-    """The codec of a site; VitqError if its name is unknown."""
+def codec_of(site: SiteQuantizer, where: str = "codec") -> Codec:
+    """The codec of a site; VitqError naming `where` if its name is unknown."""
     if site.codec not in CODECS:
         raise VitqError(
             "unknown codec",
-            where="codec",
+            where=where,
             got=site.codec,
             expected=nearest(site.codec, CODECS) or ", ".join(CODECS),
         )

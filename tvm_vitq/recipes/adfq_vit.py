@@ -42,6 +42,7 @@ class ADFQViT(Recipe):
 
     name = "adfq-vit"
     calibration_images: ClassVar[int] = 1024
+    trains: ClassVar[bool] = True
     threshold: float = 5.0
     zero: str = "reserved"
     iterations: int = 300

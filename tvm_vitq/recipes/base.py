@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from tvm_vitq.calibrate.job import Job
 
 
+TRAINING_IMAGES = 16
+"""Weights that are trained on fewer images fit those and nothing else."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe(ABC):
     """A calibration method; its dataclass fields are the method's parameters and go into the plan.
@@ -26,7 +30,8 @@ class Recipe(ABC):
     requantize : what the method implies ("shift": all its scales are powers of two), whatever else is asked;
         None: nothing.
     calibration_images : drawn from a folder of images if nothing else is said, as many as the paper takes.
-    least_images : with fewer the method cannot work, and the calibration is refused.
+    least_images : with fewer the method cannot work, and the calibration is refused; methods that train need
+        `TRAINING_IMAGES` in any case.
     widths : that the method defines.
     trains : whether it changes weights so that the float function changes; widths are chosen (bits="auto")
         by the default recipe's quantizers then.
@@ -61,12 +66,13 @@ class Recipe(ABC):
 
     def check_images(self, count: int) -> None:
         """VitqError if so many calibration images are too few for the method."""
-        if count < self.least_images:
+        least = max(self.least_images, TRAINING_IMAGES if self.trains else 1)
+        if count < least:
             raise VitqError(
                 f"too few calibration images for recipe {self.name}",
                 where="calibration",
                 got=count,
-                expected=f"{self.least_images} or more; its default is {self.calibration_images}",
+                expected=f"{least} or more; from a folder it draws {self.calibration_images}",
                 fix="give more images, or choose a recipe without training such as percentile",
             )
 

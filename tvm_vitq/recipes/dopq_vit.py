@@ -34,6 +34,7 @@ class DopQViT(Recipe):
 
     name = "dopq-vit"
     calibration_images: ClassVar[int] = 1024
+    trains: ClassVar[bool] = True
     iterations: int = 300
     batch: int = 16
     rate: float = 1.0

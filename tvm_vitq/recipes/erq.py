@@ -29,7 +29,6 @@ class ERQ(Recipe):
 
     name = "erq"
     calibration_images: ClassVar[int] = 32
-    least_images: ClassVar[int] = 8
     trains: ClassVar[bool] = True
     ridge: float = 0.5
     refinements: int = 100

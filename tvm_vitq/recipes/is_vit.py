@@ -35,6 +35,7 @@ class ISViT(Recipe):
 
     name = "is-vit"
     calibration_images: ClassVar[int] = 1024
+    trains: ClassVar[bool] = True
     iterations: int = 300
     batch: int = 16
     rate: float = 1.0

@@ -24,7 +24,6 @@ class QDrop(Recipe):
 
     name = "qdrop"
     calibration_images: ClassVar[int] = 1024
-    least_images: ClassVar[int] = 16
     trains: ClassVar[bool] = True
     iterations: int = 300
     batch: int = 8

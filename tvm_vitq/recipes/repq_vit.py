@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tvm_vitq.recipes.base import Recipe
 
@@ -33,6 +33,7 @@ class RepQViT(Recipe):
     """
 
     name = "repq-vit"
+    calibration_images: ClassVar[int] = 32
     percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999)
     zero: str = "reserved"
     target: str = "mean"
@@ -46,11 +47,6 @@ class RepQViT(Recipe):
         fit_frame(job, Rules(rule, rule, rule, rule, tail, self.target), self._logarithms, softmax=True)
 
     def _logarithms(self, job: Job, summaries: dict[str, Summary]) -> None:
-        from tvm_vitq.calibrate.codebooks import fit_codebook, probability_codebook
-        from tvm_vitq.calibrate.fit import softmax_sites
+        from tvm_vitq.calibrate.probabilities import fit_log_sqrt2
 
-        for site, spec in softmax_sites(job, "log_sqrt2"):
-            summary = summaries[site.name]
-            scales = [float(summary.quantiles(p)[1]) for p in self.percentiles]
-            given = probability_codebook("log_sqrt2", spec.bits, zero=self.zero)
-            job.quantizers[site.name] = fit_codebook(summary, given, scales=scales, rounds=0)[0]
+        fit_log_sqrt2(job, summaries, self.percentiles, self.zero)

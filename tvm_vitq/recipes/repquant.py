@@ -35,6 +35,7 @@ class RepQuant(Recipe):
 
     name = "repquant"
     calibration_images: ClassVar[int] = 32
+    trains: ClassVar[bool] = True
     percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999)
     zero: str = "reserved"
     clipping: int = 200
