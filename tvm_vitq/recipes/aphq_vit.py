@@ -39,8 +39,8 @@ class APHQViT(Recipe):
     name = "aphq-vit"
     calibration_images: ClassVar[int] = 1024
     trains: ClassVar[bool] = True
-    refit: int = 400
-    iterations: int = 400
+    refit: int = 200
+    iterations: int = 200
     batch: int = 16
     drop: float = 0.5
     percentile: float | None = None

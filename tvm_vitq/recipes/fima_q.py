@@ -37,7 +37,7 @@ class FIMAQ(Recipe):
     name = "fima-q"
     calibration_images: ClassVar[int] = 1024
     trains: ClassVar[bool] = True
-    iterations: int = 400
+    iterations: int = 200
     batch: int = 16
     drop: float = 0.5
     rank: int = 5

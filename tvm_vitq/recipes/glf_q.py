@@ -17,10 +17,10 @@ class GLFQ(Recipe):
     nearly as it is, then global and local reconstruction.
 
     The residual stream, q with k, and v with the projection are rotated, offline (`calibrate.rotation`). GELU
-    becomes ReLU and MLPs are refitted (`calibrate.mlp_relu`). LayerNorm outputs are quantized per channel and
-    folded with the median scale, as in DopQ-ViT. Blocks are reconstructed by training weights and activation
-    scales straight through the rounding; the loss is ``global + 2 local``, of the features in front of the
-    head and of the block's own output.
+    becomes ReLU and MLPs are refitted as in APHQ-ViT (`calibrate.mlp_relu`). LayerNorm outputs are quantized
+    per channel and folded with the median scale, as in DopQ-ViT. Blocks are reconstructed by training weights
+    and activation scales straight through the rounding; the loss is ``global + 2 local``, of the features in
+    front of the head and of the block's own output.
 
     Departures: the stream keeps LayerNorm instead of RMSNorm, with rotations that map ones to ones; scales
     are folded not only in Swin, but also where the stream is rotated (they hardly differ there, and it
@@ -39,8 +39,8 @@ class GLFQ(Recipe):
     name = "glf-q"
     calibration_images: ClassVar[int] = 1024
     trains: ClassVar[bool] = True
-    refit: int = 400
-    iterations: int = 400
+    refit: int = 200
+    iterations: int = 100
     batch: int = 16
     share: float = 0.5
     streams: bool = True
@@ -51,7 +51,7 @@ class GLFQ(Recipe):
         from tvm_vitq.calibrate.blocks import find_units
         from tvm_vitq.calibrate.executor import Executor
         from tvm_vitq.calibrate.frame import percentile_frame
-        from tvm_vitq.calibrate.losses import WithSuffix
+        from tvm_vitq.calibrate.losses import PerturbationHessian, WithSuffix
         from tvm_vitq.calibrate.mlp_relu import Refit, gelu_to_relu
         from tvm_vitq.calibrate.reconstruct import Settings, reconstruct
         from tvm_vitq.calibrate.rotation import rotate_heads, rotate_streams
@@ -61,7 +61,8 @@ class GLFQ(Recipe):
             rotate_streams(job)
         if self.heads:
             rotate_heads(job)
-        teacher = gelu_to_relu(job, Refit(self.refit, self.batch)) if self.relu else Executor(job.mod)
+        refit = Refit(self.refit, self.batch, loss=PerturbationHessian())
+        teacher = gelu_to_relu(job, refit) if self.relu else Executor(job.mod)
         percentile_frame(job, target="median")
         loss = WithSuffix(self.share)
         settings = Settings(self.iterations, self.batch, 0.0, 0.0, StraightThrough, loss=loss)
