@@ -27,7 +27,8 @@ class DelayedLookup:
         self.tile: Expr = 0
         steps = body.isa.side_steps(columns, body.spec.depth)
         self.per_step = tir.ceildiv(body.rows.large * columns, steps)
-        self.size = packing.padded(steps * self.per_step, GROUP)
+        most = body.isa.side_steps(columns, body.spec.most_depth)
+        self.size = packing.padded(most * self.per_step, GROUP)
         self.indices = tir.scratch(self.size, "uint16")
         self.entries = tir.scratch(self.size, body.spec.out_dtype)
         # What the first product looks up, and rows that a small tile lacks.

@@ -70,6 +70,11 @@ class Linear:
         return packing.padded(self.group_width, self.target.unit)
 
     @property
+    def most_depth(self) -> int:
+        """Depths that a product runs through at most."""
+        return self.depth
+
+    @property
     def out_dtype(self) -> str:
         return self.lookup or self.out.dtype
 

@@ -32,6 +32,7 @@ class LinearBody:
         self.blocks = Split.of(self.rows.count, max(1, spec.tiles.block_rows // spec.tiles.rows))
         self.groups = max(spec.groups, 1)
         self.left: Expr = buffers["x"]
+        self.first_row: Expr = 0  # what rows are counted from
 
     def emit(self) -> None:
         if self.spec.staged:
@@ -185,7 +186,7 @@ class LinearBody:
                     entry = tir.load(
                         self.b["table"], tir.cast(tir.load(indices, r * columns + c, 1), "int32", 1), 1
                     )
-                    tir.store(self.b["out"], entry, [row + r, column + c], 1)
+                    tir.store(self.b["out"], entry, [self.first_row + row + r, column + c], 1)
 
     def _zero_point(self, column: Expr) -> Expr | None:
         if self.spec.zero_point == "none":
@@ -196,6 +197,7 @@ class LinearBody:
 
     def write(self, value: Expr, row: Expr, column: Expr, last: bool) -> None:
         """Stores one vector, adding the residual; the last one of a panel may reach beyond column n."""
+        row = self.first_row + row
         tail = self.spec.n % GROUP
         if not (last and tail):
             self._write_lanes(value, row, column, GROUP)

@@ -28,7 +28,7 @@ FORMAT = "tvm-vitq plan"
 FORMAT_VERSION = 1
 
 MIN_BITS, MAX_BITS = 2, 8
-GRANULARITIES = ("tensor", "token", "channel", "group", "head")
+GRANULARITIES = ("tensor", "token", "channel", "group", "head", "instance")
 REQUANTIZE_KINDS = ("multiply", "shift")
 
 
@@ -55,7 +55,7 @@ class SiteQuantizer:
     signed : False: codes ``0 .. 2**bits - 1``; True: ``-(2**(bits-1) - 1) .. 2**(bits-1) - 1`` (weights).
     granularity : which elements share a scale. "tensor": all; "token", "channel", "head": those of one index
         of `axis`; "group": `group_size` consecutive elements of the last axis, of one index of `axis` if
-        that is set.
+        that is set; "instance": the channels of an image that choose the same scale at run time.
     axis : the axis of "token" (-2), "head" (-3) and "channel" (0 of a weight, -1 of an activation). Negative
         for activations, so that it holds whatever the batch axes in front.
     group_size : elements per group of granularity "group".
@@ -238,7 +238,12 @@ class QuantPlan:
         """Bits and granularity of every site, in the form of `overrides`: what a recipe fits numbers to."""
         names = [*self.sites, *self.aliases]
         return {
-            name: {"bits": q.bits, "granularity": q.granularity, "group_size": q.group_size}
+            name: {
+                "bits": q.bits,
+                # "instance" is a recipe's own choice where "tensor" was asked for
+                "granularity": "tensor" if q.granularity == "instance" else q.granularity,
+                "group_size": q.group_size,
+            }
             for name, q in ((name, self[name]) for name in names)
         }
 

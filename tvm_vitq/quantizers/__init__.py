@@ -9,6 +9,7 @@ from tvm_vitq.errors import VitqError, nearest
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.quantizers.adalog import AdaLog
 from tvm_vitq.quantizers.base import Codec
+from tvm_vitq.quantizers.dynamic_group import DynamicGroup
 from tvm_vitq.quantizers.lloyd_max import LloydMax
 from tvm_vitq.quantizers.log2 import Log2
 from tvm_vitq.quantizers.log_int_softmax import LogIntSoftmax
@@ -26,6 +27,7 @@ ALL: tuple[Codec, ...] = (
     Uniform(),
     UniformOutliers(),
     RowMaximum(),
+    DynamicGroup(),
     Log2(),
     LogIntSoftmax(),
     LogSqrt2(),
