@@ -18,10 +18,14 @@ from tvm.ir import Call, Expr
 
 from tvm_vitq.graph import value_of
 from tvm_vitq.numerics import Array, Output, Partial
+from tvm_vitq.numerics_groups import GroupQuantizers
 from tvm_vitq.ops import attrs, dtype_of, op_name, probabilities_of, shape_of
 from tvm_vitq.relax_passes.lower_elementwise import EXPRESSIONS, operands
 from tvm_vitq.relax_passes.rewriter import Rewriter, constant
 from tvm_vitq.schedules.attention import Attention, View
+from tvm_vitq.schedules.group_codes import GroupCodes
+from tvm_vitq.schedules.group_linear import GroupLinear
+from tvm_vitq.schedules.group_table import GroupTable
 from tvm_vitq.schedules.kernel import Kernel
 from tvm_vitq.schedules.layer_norm import LayerNorm
 from tvm_vitq.schedules.linear import Linear
@@ -59,6 +63,7 @@ class _Lowering(Rewriter):
         super().__init__()
         self.isa = profile.isa
         self.made: dict[str, tuple[tvm.ir.GlobalVar, Kernel]] = {}
+        self.grouped: dict[tuple, tuple[Expr, Expr]] = {}
         self.rules: dict[str, Callable[[Call, dict[str, Any]], Expr]] = {
             "vitq.int_linear": self.linear,
             "vitq.fused_linear": self.linear,
@@ -80,6 +85,10 @@ class _Lowering(Rewriter):
         self, spec: Specification, node: Call, tensors: list[Expr], constants: list[Array]
     ) -> Expr:
         """A call with inputs in the order of the kernel's arguments; the result has the operator's shape."""
+        return self.shaped(self.result_of(spec, tensors, constants), tuple(shape_of(node)))
+
+    def result_of(self, spec: Specification, tensors: list[Expr], constants: list[Array]) -> Expr:
+        """As `call_kernel`, with the result as the kernel shapes it."""
         if spec.name not in self.made:
             kernel = spec.kernel()
             function = kernel.func.with_attr("op_pattern", OPAQUE).with_attr(KERNEL_ATTRIBUTE, kernel.macs)
@@ -91,10 +100,9 @@ class _Lowering(Rewriter):
             value = waiting[argument.role].pop(0)
             args.append(self.shaped(value, argument.shape))
         out = kernel.arguments[-1]
-        result = self.emit(
+        return self.emit(
             relax.call_tir(function_name, args, relax.TensorType(out.shape, out.dtype)), spec.name
         )
-        return self.shaped(result, tuple(shape_of(node)))
 
     def shaped(self, value: Expr, shape: tuple[int, ...]) -> Expr:
         """`value` as another shape of the same elements: no copy, and none of the reshapes on the way."""
@@ -109,6 +117,8 @@ class _Lowering(Rewriter):
         x, *rest = node.args
         weight, bias, multiplier, zero = (value_of(a) for a in rest[:4])
         extra = [rest.pop(4)] if epilogue else []
+        if "tokens" in info:
+            return self.group_linear(node, info, extra, [value_of(a) for a in rest])
         partial = Partial(*(value_of(a) for a in rest[4:])) if rest[4:] else None
         out = _output(info)
         spec = Linear(
@@ -128,6 +138,40 @@ class _Lowering(Rewriter):
             weight, bias, multiplier, zero if zero.size > 1 else int(zero.reshape(-1)[0]), partial
         )
         return self.call_kernel(spec, node, [x, *extra], constants)
+
+    def group_linear(self, node: Call, info: dict[str, Any], extra: list[Expr], constants: list[Array]) -> Expr:
+        x, epilogue, out = node.args[0], info.get("epilogue"), _output(info)
+        weight, bias, multiplier, zero, *choices, scales = constants
+        quantizers = GroupQuantizers(info["tokens"], *choices, info["code_min"], info["code_max"])
+        table, codes = self.groups_of(x, quantizers)
+        spec = GroupLinear(
+            self.isa,
+            m=math.prod(shape_of(x)[:-1]),
+            n=len(weight),
+            k=weight.shape[1],
+            out=out,
+            lookup=dtype_of(extra[0]) if epilogue == "lookup" else None,
+            residual=epilogue == "residual",
+            zero_point=_kind_of_zero(zero, out),
+            tokens=quantizers.tokens,
+            choices=len(scales),
+        )
+        zero = zero if zero.size > 1 else int(zero.reshape(-1)[0])
+        packed = spec.pack_groups(weight, bias, multiplier, zero, scales, quantizers.zero_point)
+        return self.call_kernel(spec, node, [codes, table, *extra], packed)
+
+    def groups_of(self, x: Expr, quantizers: GroupQuantizers) -> tuple[Expr, Expr]:
+        """Table and codes of a wide tensor, made once for all layers that read them."""
+        q = quantizers
+        key = (x, q.tokens, *(v.tobytes() for v in (q.low, q.high, q.multiplier, q.zero_point)))
+        if key not in self.grouped:
+            m, k = math.prod(shape_of(x)[:-1]), shape_of(x)[-1]
+            sizes = {"m": m, "k": k, "tokens": q.tokens, "groups": len(q.low)}
+            spec = GroupTable(self.isa, **sizes)
+            table = self.result_of(spec, [x], spec.pack(q))
+            codes = self.result_of(GroupCodes(self.isa, **sizes, out=q.codes), [x, table], [])
+            self.grouped[key] = table, codes
+        return self.grouped[key]
 
     def layer_norm(self, node: Call, info: dict[str, Any]) -> Expr:
         x, gain, offset = node.args

@@ -28,6 +28,7 @@ from tvm_vitq.graph import (
 )
 from tvm_vitq.integerize.activation import activation_input, activation_table, codebook_table
 from tvm_vitq.integerize.attention import additive_scores, attention_constants, site_probabilities
+from tvm_vitq.integerize.groups import GroupLinearConstants, group_linear_constants
 from tvm_vitq.integerize.layer_norm import layer_norm_constants
 from tvm_vitq.integerize.linear import LinearConstants, linear_constants
 from tvm_vitq.numerics import Array
@@ -134,7 +135,8 @@ class _Realizer:
         value, var = leaf.consumer.value, leaf.consumer.var
         name = op_name(value)
         if name == "vitq.quantize":
-            return self.codes(attrs(value)["site"])
+            site = attrs(value)["site"]
+            return self.wide[leaf.value] if self.by_instance(site) else self.codes(site)
         if name == "vitq.activation":
             site = attrs(value)["site"]
             kind, out = attrs(value)["kind"], self.wanted(var)
@@ -157,6 +159,10 @@ class _Realizer:
             return codebook_format(q, site)
         limits = codec.limits(q) if isinstance(codec, Uniform) else None
         return codes_format(q.bits, q.scale, q.zero_point, q.granularity, limits)
+
+    def by_instance(self, site: str) -> bool:
+        """Whether channels choose their quantizers at run time, from a wide tensor."""
+        return self.plan[site].granularity == "instance"
 
     def book_index(self, book: CodebookFormat) -> Format:
         return book.index(self.plan.requantize == "shift")
@@ -254,13 +260,15 @@ class _Realizer:
     def quantize(self, var: relax.Var, value: relax.Call) -> tuple[relax.Expr, Format]:
         if var in self.mixed:
             return self.native[value.args[0]][0], self.mixed[var]
-        to = self.codes(attrs(value)["site"])
+        site = attrs(value)["site"]
+        to = self.wide[value.args[0]] if self.by_instance(site) else self.codes(site)
         return self.get(value.args[0], to), to
 
     def linear(self, var: relax.Var, value: relax.Call) -> tuple[relax.Expr, Format | None]:
         site = attrs(value)["site"]
         codes, x = self.native[value.args[0]]
-        if x is None or x.dtype != "int8":
+        chosen = self.by_instance(f"{site}.input")
+        if x is None or x.dtype != ("int32" if chosen else "int8"):
             raise VitqError(
                 "the input of a linear layer has no quantizer", where=site, fix="run annotate first"
             )
@@ -274,6 +282,12 @@ class _Realizer:
         scale = np.broadcast_to(scale, (len(weight), scale.shape[1]))
         native, out = self.column_formats(var), self.wanted(var)
         largest = self.range_of(var)
+        if chosen:
+            given = self.plan[f"{site}.input"]
+            groups = group_linear_constants(
+                weight, bias, scale, quantizer.qmax, given, x, native or out, largest, site
+            )
+            return self.emit(var, self.group_linear(codes, groups, native or out, site)), out
         made = linear_constants(weight, bias, scale, quantizer.qmax, x, native or out, largest, site)
         return self.emit(var, self.int_linear(codes, made, native or out, site)), out
 
@@ -284,10 +298,30 @@ class _Realizer:
             args += [const(p.multiplier), const(p.bias)]
             if p.row_multiplier is not None:
                 args += [const(p.row_multiplier), const(p.row_zero_point), const(p.colsum)]
-        limits = {} if out is None else {"qmin": out.qmin, "qmax": out.qmax}
-        dtype = "float32" if out is None else out.dtype
-        kind = "multiply" if out is None else self.rounding(made.multiplier, site)
-        return call("vitq.int_linear", args, site=site, out_dtype=dtype, kind=kind, **limits)
+        return call("vitq.int_linear", args, site=site, **self.output(made.multiplier, out, site))
+
+    def group_linear(
+        self, x: relax.Expr, made: GroupLinearConstants, out: Format | None, site: str
+    ) -> relax.Call:
+        if self.plan.requantize == "shift":
+            raise VitqError(
+                "groups that channels choose at run time have scales that are no powers of two, which a "
+                "shift plan does not have",
+                where=f"{site}.input",
+                fix="use another recipe for a shift plan",
+            )
+        q = made.quantizers
+        args = [x, *map(const, (made.weight, made.bias, made.multiplier, made.zero_point))]
+        args += map(const, (q.low, q.high, q.multiplier, q.zero_point, made.group_multiplier))
+        codes = {"tokens": q.tokens, "code_min": q.qmin, "code_max": q.qmax}
+        return call("vitq.int_linear", args, site=site, **codes, **self.output(made.multiplier, out, site))
+
+    def output(self, multiplier: Array, out: Format | None, site: str) -> dict[str, object]:
+        """Attributes of a layer's output conversion."""
+        if out is None:
+            return {"out_dtype": "float32", "kind": "multiply"}
+        limits = {"qmin": out.qmin, "qmax": out.qmax}
+        return {"out_dtype": out.dtype, "kind": self.rounding(multiplier, site), **limits}
 
     def column_formats(self, var: relax.Var) -> Format | None:
         """One format with scales per output channel, if all uses are quantizers that read different channels.

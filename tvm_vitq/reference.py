@@ -11,10 +11,11 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from tvm_vitq import numerics, numerics_attention
+from tvm_vitq import numerics, numerics_attention, numerics_groups
 from tvm_vitq.errors import VitqError
 from tvm_vitq.graph import Dataflow, data_operands, is_constant, is_movement, movement, value_of
 from tvm_vitq.numerics import Array, Output, Partial
+from tvm_vitq.numerics_groups import GroupQuantizers
 from tvm_vitq.ops import attrs, op_name, probabilities_of
 
 Attributes = dict[str, Any]
@@ -34,6 +35,10 @@ def _requantize(a: Attributes, x: Array, multiplier: Array, zero: Array, input_z
 
 
 def _linear(a: Attributes, x: Array, w: Array, bias: Array, m: Array, zero: Array, *partial: Array) -> Array:
+    if "tokens" in a:
+        *choices, scale = partial
+        quantizers = GroupQuantizers(a["tokens"], *choices, a["code_min"], a["code_max"])
+        return numerics_groups.int_group_linear(x, w, bias, m, zero, _output(a), quantizers, scale)
     return numerics.int_linear(x, w, bias, m, zero, _output(a), Partial(*partial) if partial else None)
 
 
