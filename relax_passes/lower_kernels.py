@@ -139,10 +139,13 @@ class _Lowering(Rewriter):
         )
         return self.call_kernel(spec, node, [x, *extra], constants)
 
-    def group_linear(self, node: Call, info: dict[str, Any], extra: list[Expr], constants: list[Array]) -> Expr:
+    def group_linear(
+        self, node: Call, info: dict[str, Any], extra: list[Expr], constants: list[Array]
+    ) -> Expr:
         x, epilogue, out = node.args[0], info.get("epilogue"), _output(info)
-        weight, bias, multiplier, zero, *choices, scales = constants
-        quantizers = GroupQuantizers(info["tokens"], *choices, info["code_min"], info["code_max"])
+        weight, bias, multiplier, zero, low, high, inverse, code_zero, scales = constants
+        limits = info["code_min"], info["code_max"]
+        quantizers = GroupQuantizers(info["tokens"], low, high, inverse, code_zero, *limits)
         table, codes = self.groups_of(x, quantizers)
         spec = GroupLinear(
             self.isa,

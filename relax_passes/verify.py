@@ -33,7 +33,9 @@ def _linear(node: relax.Call, after: str) -> None:
     where = f"{attrs(node)['site']}, after {after}"
     types = (dtype_of(x), dtype_of(weight), dtype_of(bias))
     chosen = "tokens" in attrs(node)  # channels of a wide tensor choose their quantizers
-    if types != ("int32" if chosen else "int8", "int8", "int32") or not (is_constant(weight) and is_constant(bias)):
+    if types != ("int32" if chosen else "int8", "int8", "int32") or not (
+        is_constant(weight) and is_constant(bias)
+    ):
         raise VitqError(
             "a linear layer has the wrong operands", where=where, got=types, expected="int8, int8, int32"
         )

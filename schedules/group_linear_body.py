@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tvm_vitq.schedules import tir
 from tvm_vitq.schedules.delayed_lookup import DelayedLookup
+from tvm_vitq.schedules.isa import Left, Sink
 from tvm_vitq.schedules.kernel import Split
 from tvm_vitq.schedules.linear_body import LinearBody
 from tvm_vitq.schedules.packing import GROUP
@@ -67,9 +68,7 @@ class GroupLinearBody(LinearBody):
         base = tir.let(column * (self.spec.k + 1))
         end = tir.let(self._entry(layout.starts + self.spec.choices) * (self.isa.unit // step))
         with TB.serial(0, end) as i:
-            rows = [
-                tir.let(base + self._entry(layout.order + i * step + j) * columns) for j in range(step)
-            ]
+            rows = [tir.let(base + self._entry(layout.order + i * step + j) * columns) for j in range(step)]
             for c in range(0, columns, GROUP):
                 vectors = [tir.let(tir.load(self.b["weight"], row + c, GROUP)) for row in rows]
                 packed = tir.interleave(vectors, GROUP)
@@ -87,10 +86,12 @@ class GroupLinearBody(LinearBody):
             def sink(r: int, c: Expr, value: Expr, lanes: int) -> None:
                 tir.store(self.start, value * tir.splat(-excess, lanes), group * columns + c, lanes)
 
-            self._group(group, columns, 1, lambda r, k, n: tir.constant(1, ones, n), sink, None)
+            self._group(group, columns, 1, lambda _, __, n: tir.constant(1, ones, n), sink, None)
 
-    def _group(self, group, columns, rows, left, sink, lookup) -> None:
-        """Products of one group."""
+    def _group(
+        self, group: Expr, columns: int, rows: int, left: Left, sink: Sink, lookup: DelayedLookup | None
+    ) -> None:
+        """Products of one group; `left` takes positions."""
         layout = self.spec.layout
         first = tir.let(self._entry(layout.starts + group))
         count = tir.let(self._entry(layout.starts + group + 1) - first)
@@ -108,8 +109,9 @@ class GroupLinearBody(LinearBody):
             self.isa.matmul(rows, columns, depth, shifted, right, sink, "int8", False)
             return
         done = tir.let(first * self.isa.side_steps(columns, self.isa.unit))
-        side = lambda i: lookup.step(done + i)  # noqa: E731
-        self.isa.matmul(rows, columns, depth, shifted, right, sink, "int8", False, side)
+        self.isa.matmul(
+            rows, columns, depth, shifted, right, sink, "int8", False, lambda i: lookup.step(done + i)
+        )
 
     def _tile(self, row: Expr, column: Expr, rows: int, columns: int, lookup: DelayedLookup | None) -> None:
         sums = tir.scratch(rows * columns, "int32")

@@ -30,7 +30,9 @@ LINEARS = {
 }
 
 
-def quantizers_of(images: int, tokens: int, k: int, groups: int, bits: int) -> tuple[np.ndarray, GroupQuantizers]:
+def quantizers_of(
+    images: int, tokens: int, k: int, groups: int, bits: int
+) -> tuple[np.ndarray, GroupQuantizers]:
     """A wide tensor [images * tokens, k] with channels of very different ranges, and bounds that suit it; one
     group is chosen by no channel where there are several.
     """

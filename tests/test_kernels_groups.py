@@ -1,4 +1,4 @@
-"""The kernels of dynamic groups on every x86 instruction set of this machine: each element equals numerics."""
+"""The kernels of dynamic groups on every x86 instruction set of this machine: they equal numerics."""
 
 from __future__ import annotations
 

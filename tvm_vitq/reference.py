@@ -36,8 +36,9 @@ def _requantize(a: Attributes, x: Array, multiplier: Array, zero: Array, input_z
 
 def _linear(a: Attributes, x: Array, w: Array, bias: Array, m: Array, zero: Array, *partial: Array) -> Array:
     if "tokens" in a:
-        *choices, scale = partial
-        quantizers = GroupQuantizers(a["tokens"], *choices, a["code_min"], a["code_max"])
+        low, high, inverse, code_zero, scale = partial
+        limits = a["code_min"], a["code_max"]
+        quantizers = GroupQuantizers(a["tokens"], low, high, inverse, code_zero, *limits)
         return numerics_groups.int_group_linear(x, w, bias, m, zero, _output(a), quantizers, scale)
     return numerics.int_linear(x, w, bias, m, zero, _output(a), Partial(*partial) if partial else None)
 

@@ -37,9 +37,7 @@ class GroupLinearConstants:
 def group_quantizers(site: SiteQuantizer, x: Format, where: str) -> GroupQuantizers:
     """The quantizers of a site in units of the wide format `x`; VitqError if a zero point is too far away."""
     centre = 2 ** (site.bits - 1)
-    low, high = (
-        np.clip(np.rint(end / x.scale), -WIDE_MAX, WIDE_MAX) for end in DynamicGroup().bounds(site)
-    )
+    low, high = (np.clip(np.rint(end / x.scale), -WIDE_MAX, WIDE_MAX) for end in DynamicGroup().bounds(site))
     zero = np.asarray(site.zero_point, np.int64) - centre
     farthest = int(np.maximum(centre - 1 - zero, zero + centre).max())
     if farthest > FARTHEST_CODE:

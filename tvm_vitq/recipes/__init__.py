@@ -13,6 +13,7 @@ from tvm_vitq.recipes.erq import ERQ
 from tvm_vitq.recipes.fima_q import FIMAQ
 from tvm_vitq.recipes.fq_vit import FQViT
 from tvm_vitq.recipes.glf_q import GLFQ
+from tvm_vitq.recipes.igq_vit import IGQViT
 from tvm_vitq.recipes.is_vit import ISViT
 from tvm_vitq.recipes.minmax import MinMax
 from tvm_vitq.recipes.mse import MeanSquaredError
@@ -48,6 +49,7 @@ ALL: tuple[type[Recipe], ...] = (
     APHQViT,
     FIMAQ,
     GLFQ,
+    IGQViT,
 )
 
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in ALL}
