@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     ("errors",),
-    ("settings", "files", "numerics", "numerics_attention", "cpu", "ffi", "linker", "deploy", "tuning_logs"),
+    (
+        *("settings", "files", "numerics", "numerics_attention", "numerics_groups"),
+        *("cpu", "ffi", "linker", "deploy", "tuning_logs"),
+    ),
     ("site_statistics",),
     ("plan", "formats", "quantizers", "site_rules", "target_text", "targets", "library_format"),
     ("explain", "plotting", "render"),

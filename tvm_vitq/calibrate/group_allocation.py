@@ -6,12 +6,10 @@ the one with the smallest sum of what each layer's groups alone do to the predic
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from tvm_vitq.calibrate.allocate import Option, allocate
 from tvm_vitq.calibrate.dynamic_groups import Channels, fit_groups
 from tvm_vitq.calibrate.job import Job
 from tvm_vitq.calibrate.simulate import FakeQuantize
@@ -26,7 +24,7 @@ def candidates(groups: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(groups * share)) for share in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)}))
 
 
-def allocate(job: Job, channels: dict[str, Channels], groups: int) -> dict[str, SiteQuantizer]:
+def allocate_groups(job: Job, channels: dict[str, Channels], groups: int) -> dict[str, SiteQuantizer]:
     """Quantizers of all sites, with `groups` groups on average over what a group costs.
 
     The cost of a group is one more scaled sum for each output of the layers that read the site, tokens x
@@ -47,39 +45,14 @@ def allocate(job: Job, channels: dict[str, Channels], groups: int) -> dict[str, 
         if owner in outputs:
             outputs[owner] += len(job.weight(one.layer))
     unit = {site: channels[site].tokens * outputs[site] for site in channels}
-    costs = [[g * unit[site] for g in choices] for site in channels]
-    chosen = choose(costs, [losses[site] for site in channels], groups * sum(unit.values()))
+    options = [
+        [Option(g * unit[site], loss) for g, loss in zip(choices, losses[site], strict=True)]
+        for site in channels
+    ]
+    chosen = allocate(options, groups * sum(unit.values()))
     return {site: fitted[site][index] for site, index in zip(channels, chosen, strict=True)}
 
 
 def _divergence(job: Job, images: Tensor, wanted: Tensor, site: str, quantizer: SiteQuantizer) -> float:
     got = job.executor.run(images, FakeQuantize({site: quantizer}), chunk=IMAGES).log_softmax(-1)
     return float((wanted.exp() * (wanted - got)).sum(-1).mean())
-
-
-def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """One option for each layer so that costs add up to at most `budget` and losses to as little as possible.
-
-    Layer by layer, of equal costs only the smallest loss goes on, and only where more cost buys less loss:
-    exact, with as many states as there are different sums. The cheapest options must fit the budget.
-
-    costs, losses : [layers][options];  returns the options, [layers].
-    """
-    states: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
-    rest = [0]
-    for options in reversed(costs):
-        rest.append(rest[-1] + min(options))
-    for cost, loss, left in zip(costs, losses, rest[-2::-1], strict=True):
-        longer = [
-            (have + c, lost + d, (*path, i))
-            for have, lost, path in states
-            for i, (c, d) in enumerate(zip(cost, loss, strict=True))
-            if have + c + left <= budget
-        ]
-        longer.sort(key=lambda state: state[:2])
-        states, least = [], math.inf
-        for state in longer:
-            if state[1] < least:
-                states.append(state)
-                least = state[1]
-    return list(states[-1][2])

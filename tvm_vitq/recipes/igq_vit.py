@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.recipes.base import Recipe
@@ -11,6 +11,7 @@ from tvm_vitq.recipes.base import Recipe
 if TYPE_CHECKING:
     from tvm_vitq.calibrate.job import Job
     from tvm_vitq.calibrate.statistics import Summary
+    from tvm_vitq.site_rules import Granularities
 
 SITES = ("layer_norm", "all")
 
@@ -42,10 +43,21 @@ class IGQViT(Recipe):
     """
 
     name = "igq-vit"
+    calibration_images: ClassVar[int] = 32
     groups: int = 8
     sites: str = "layer_norm"
     fold: bool = True
     allocate: bool = False
+
+    def granularities(self, requantize: str) -> Granularities:
+        if requantize == "shift":
+            raise VitqError(
+                "scales that channels choose at run time are no powers of two",
+                where="requantize",
+                got=requantize,
+                expected="multiply with recipe igq-vit",
+            )
+        return super().granularities(requantize)
 
     def fit(self, job: Job) -> None:
         from tvm_vitq.calibrate.frame import percentile_frame
@@ -59,11 +71,11 @@ class IGQViT(Recipe):
 
     def _groups(self, job: Job, summaries: dict[str, Summary]) -> None:
         from tvm_vitq.calibrate.dynamic_groups import dynamic_sites, fit_groups, observe_channels
-        from tvm_vitq.calibrate.group_allocation import allocate
+        from tvm_vitq.calibrate.group_allocation import allocate_groups
 
         channels = observe_channels(job, dynamic_sites(job, self.sites == "all"))
         if self.allocate:
-            job.quantizers |= allocate(job, channels, self.groups)
+            job.quantizers |= allocate_groups(job, channels, self.groups)
             return
         for site, found in job.progress(channels.items(), "groups"):
             job.quantizers[site] = fit_groups(found, job.specs[site].bits, self.groups)
