@@ -12,7 +12,13 @@ from tvm.ir import IRModule
 from tvm_vitq.calibrate.executor import Executor, Hooks
 from tvm_vitq.calibrate.job import Job
 from tvm_vitq.calibrate.observe import View, observe
-from tvm_vitq.calibrate.reparameterize import find_folds, fold_layer_norms, observe_with_folds
+from tvm_vitq.calibrate.reparameterize import (
+    channel_ranges,
+    find_folds,
+    fit_channels,
+    fold_quantizers,
+    observe_with_folds,
+)
 from tvm_vitq.calibrate.searches import minmax, mse, percentile, quantizer_numbers
 from tvm_vitq.calibrate.sources import load_images
 from tvm_vitq.calibrate.statistics import Collector, Summary, rows_of
@@ -287,7 +293,8 @@ def folded(mod, bits="w4a4"):
     job = job_of(mod, count=32, bits=bits)
     folds = find_folds(job)
     summaries = observe_with_folds(job, folds, {}, 1e-3)
-    fold_layer_norms(job, folds, summaries, percentile())
+    fit_channels(job, folds, channel_ranges(job, folds, summaries, percentile()))
+    fold_quantizers(job, folds)
     return job, folds
 
 
@@ -370,7 +377,10 @@ def test_fold_follows_channels_through_windows():
     (fold,) = find_folds(job)
     assert fold.linears == ["fc"]
     before = job.executor.run(data)
-    fold_layer_norms(job, [fold], observe_with_folds(job, [fold], {}, 1e-3), percentile())
+    fit_channels(
+        job, [fold], channel_ranges(job, [fold], observe_with_folds(job, [fold], {}, 1e-3), percentile())
+    )
+    fold_quantizers(job, [fold])
     torch.testing.assert_close(job.executor.run(data), before, atol=1e-4, rtol=1e-4)
     assert job.ranges["moved"] == pytest.approx(job.ranges["norm"])
 

@@ -12,6 +12,9 @@ and ``a' / s~ + z~ = a / s + z``: the same codes. z~ is a whole number, else cod
 any whole z~ gives the same function, so it is that of z, rounded and limited to the codes. Any s~ does as
 well, as long as weights have one scale for all input channels of a row: W' scales with it as a whole.
 Methods that differ here (the median of DopQ-ViT, a searched s~) differ in name, see `TARGETS`.
+
+`fit_channels` makes the quantizers per channel, from ranges by any method, and `fold_quantizers` folds them;
+a model may be trained in between (`staged`).
 """
 
 from __future__ import annotations
@@ -148,26 +151,11 @@ def _check_sites(job: Job, fold: Fold) -> None:
 def observe_with_folds(
     job: Job, folds: list[Fold], views: dict[str, View], tail: float
 ) -> dict[str, Summary]:
-    """`observe` with what `fold_layer_norms` needs: folded sites per channel, ranges per channel of what
+    """`observe` with what folding needs: folded sites per channel, ranges per channel of what
     will change.
     """
     wanted = views | {site: View("channel", -1) for fold in folds for site in fold.sites}
     return observe(job, wanted, tail, {origin for fold in folds for origin in fold.variables.values()})
-
-
-def fold_layer_norms(
-    job: Job, folds: list[Fold], summaries: dict[str, Summary], rule: RangeRule, target: str = "mean"
-) -> None:
-    """Apply folds: changes the module's constants, fits the folded sites, updates ranges.
-
-    Parameters
-    ----------
-    summaries : of `observe_with_folds`.
-    rule : the range of each channel.
-    target : one of `TARGETS`.
-    """
-    fit_channels(job, folds, channel_ranges(job, folds, summaries, rule))
-    fold_quantizers(job, folds, target)
 
 
 def channel_ranges(

@@ -21,8 +21,8 @@ class DopQViT(Recipe):
     folded into the median of them instead of the mean, likewise the zero point. Training in the three stages
     of `is-vit` (`calibrate.staged`), the protocol family that the paper belongs to.
 
-    The median changes no number of the float function (`calibrate.reparameterize`), and with one weight scale
-    per output channel none of the quantized one but by rounding of the zero point. Departures: no code was
+    The median changes nothing that could be measured: with one weight scale per output channel any common
+    scale and whole zero point give the same codes (`calibrate.reparameterize`). Departures: no code was
     released, so details of the training are those of `is-vit`, and so are its departures.
 
     Parameters
