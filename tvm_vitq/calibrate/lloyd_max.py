@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from tvm_vitq.calibrate.codebooks import Moments
+from tvm_vitq.calibrate.job import Job
+from tvm_vitq.calibrate.statistics import Summary
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.quantizers.base import Array
 from tvm_vitq.quantizers.codebook import GRID
@@ -38,6 +40,17 @@ def fit_lloyd_max(data: Moments, bits: int, grid: int = GRID) -> SiteQuantizer:
     whole = np.unique(np.rint((levels - low) / span * grid).astype(int)) if len(levels) > 1 else [0, grid]
     params = {"grid": grid, "shift": -low, "levels": [int(v) for v in whole]}
     return SiteQuantizer(bits, [span], [0], LloydMax.name, params=params)
+
+
+def free_levels(job: Job, summaries: dict[str, Summary], uniform_from: int) -> None:
+    """Such a quantizer for every output of a scalar function below `uniform_from` bits.
+
+    The output of GELU has a long tail above and a short one below, which no formula of few parameters fits;
+    its codes come out of a table in any case, so any levels cost the same.
+    """
+    for site, spec in job.fitted_sites("input"):
+        if site.kind and spec.bits < uniform_from and spec.granularity == "tensor":
+            job.quantizers[site.name] = fit_lloyd_max(Moments.of(summaries[site.name]), spec.bits)
 
 
 def _means(data: Moments, cuts: Array) -> Array:

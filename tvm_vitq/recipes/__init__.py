@@ -7,6 +7,7 @@ from tvm_vitq.recipes.adalog import AdaLog
 from tvm_vitq.recipes.adfq_vit import ADFQViT
 from tvm_vitq.recipes.aphq_vit import APHQViT
 from tvm_vitq.recipes.auto import Auto
+from tvm_vitq.recipes.auto_fast import AutoFast
 from tvm_vitq.recipes.base import Recipe
 from tvm_vitq.recipes.dopq_vit import DopQViT
 from tvm_vitq.recipes.erq import ERQ
@@ -32,6 +33,7 @@ ALL: tuple[type[Recipe], ...] = (
     MeanSquaredError,
     Percentile,
     Auto,
+    AutoFast,
     RepQViT,
     FQViT,
     PTQ4ViT,

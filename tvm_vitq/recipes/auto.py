@@ -1,39 +1,57 @@
-"""Our own combination: what measured best, without gradients."""
+"""Our own combination: what measured best."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
 from tvm_vitq.recipes.base import Recipe
 
 if TYPE_CHECKING:
     from tvm_vitq.calibrate.job import Job
-    from tvm_vitq.calibrate.statistics import Summary
 
 
 @dataclass(frozen=True)
 class Auto(Recipe):
-    """`percentile`, with free levels behind scalar functions.
+    """Quantizers as in `percentile`, but free levels behind scalar functions (`lloyd_max.free_levels`);
+    probabilities are relative to their row, LayerNorm scales folded.
 
-    The output of GELU has a long tail above and a short one below, which no formula of few parameters fits.
-    Its codes come out of a table in any case, so below `uniform_from` bits its levels are those of smallest
-    squared error (`quantizers.lloyd_max`). All else as in `percentile`: probabilities relative to their row,
-    LayerNorm scales folded.
+    Every block then trains its weights, biases, LayerNorms and scales on the output of the quantized blocks
+    in front of it, against the float block (`calibrate.reconstruct`).
+
+    Parameters
+    ----------
+    iterations, batch : steps per block, and images per step.
+    uniform_from : bits of an output of GELU from which its levels are uniform.
+    exact_from : if all operands have so many bits, nothing is trained: rounding is no loss any more.
     """
 
     name = "auto"
+    calibration_images: ClassVar[int] = 1024
+    trains: ClassVar[bool] = True
+    iterations: int = 400
+    batch: int = 16
     uniform_from: int = 7
+    exact_from: int = 8
 
     def fit(self, job: Job) -> None:
+        from tvm_vitq.calibrate.blocks import find_units
         from tvm_vitq.calibrate.frame import percentile_frame
+        from tvm_vitq.calibrate.lloyd_max import free_levels
+        from tvm_vitq.calibrate.reconstruct import Settings, reconstruct
+        from tvm_vitq.calibrate.rounding import StraightThrough
 
-        percentile_frame(job, special=self._free_levels)
-
-    def _free_levels(self, job: Job, summaries: dict[str, Summary]) -> None:
-        from tvm_vitq.calibrate.codebooks import Moments
-        from tvm_vitq.calibrate.lloyd_max import fit_lloyd_max
-
-        for site, spec in job.fitted_sites("input"):
-            if site.kind and spec.bits < self.uniform_from and spec.granularity == "tensor":
-                job.quantizers[site.name] = fit_lloyd_max(Moments.of(summaries[site.name]), spec.bits)
+        percentile_frame(job, special=partial(free_levels, uniform_from=self.uniform_from))
+        if all(spec.bits >= self.exact_from for _, spec in job.fitted_sites("input", "weight")):
+            return
+        settings = Settings(
+            self.iterations,
+            self.batch,
+            float_inputs=0.0,
+            drop=0.0,
+            weights=StraightThrough,
+            rate_biases=1e-2,
+            rate_norms=5e-3,
+        )
+        reconstruct(job, find_units(job.mod), settings)
