@@ -241,6 +241,13 @@ def test_images_that_are_not_apart_keep_one_scale():
     assert plan["fc1.input"].granularity == "tensor" and "images" in plan.notes["fc1.input"]
 
 
+def test_statistics_of_windows_are_by_image(monkeypatch):
+    from tvm_vitq.calibrate import site_statistics
+
+    monkeypatch.setattr(site_statistics, "VALUES", 24 * 4 * 3)  # three windows of four
+    assert fitted(windows()).plan.statistics["fc1.input"].sqnr > 15
+
+
 def test_a_single_token_keeps_one_scale():
     plan = fitted(tiny_vit()).plan
     assert plan["head.input"].codec == "uniform" and "single token" in plan.notes["head.input"]

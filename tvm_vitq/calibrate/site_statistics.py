@@ -74,10 +74,15 @@ class _Observer(Hooks):
     def quantize(self, site: str, x: Tensor) -> Tensor:
         if site in self.job.quantizers:
             images = x.flatten(0, 1)
+            # Channels choose their scales by whole images, windows do not
+            by_image = self.job.quantizers[site].granularity == "instance"
+            quantized = self.apply(site, x).flatten(0, 1) if by_image else None
             wanted = max(1, VALUES // images[0].numel())
             if wanted < len(images):
-                images = images[torch.randperm(len(images), generator=self.generator)[:wanted]]
-            self.seen.setdefault(site, _Seen()).add(images, self.apply(site, images))
+                chosen = torch.randperm(len(images), generator=self.generator)[:wanted]
+                images, quantized = images[chosen], None if quantized is None else quantized[chosen]
+            quantized = self.apply(site, images) if quantized is None else quantized
+            self.seen.setdefault(site, _Seen()).add(images, quantized)
         return x
 
     def probs(self, site: str, probs: Tensor) -> Tensor:
