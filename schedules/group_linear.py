@@ -10,6 +10,7 @@ import numpy.typing as npt
 from tvm_vitq.schedules import packing, tir
 from tvm_vitq.schedules.group_linear_body import GroupLinearBody
 from tvm_vitq.schedules.group_table import GroupLayout
+from tvm_vitq.schedules.isa import Tile
 from tvm_vitq.schedules.kernel import Argument, Kernel, kernel_name
 from tvm_vitq.schedules.linear import Linear
 from tvm_vitq.schedules.packing import GROUP
@@ -29,6 +30,10 @@ class GroupLinear(Linear):
 
     tokens: int = 0
     choices: int = 1
+
+    @property
+    def tiles(self) -> Tile:
+        return self.tile or self.target.group_tile or self.target.tile
 
     @property
     def layout(self) -> GroupLayout:

@@ -61,6 +61,8 @@ class Isa:
         Mnemonic of the dot product, as it appears in generated assembly.
     tile : Tile
         The default register tile.
+    group_tile : Tile or None
+        The one of products in groups, which keep a second set of sums; None: as `tile`.
     has_side : bool
         `matmul` takes `side`: its inner loop leaves issue slots for scalar work.
     wide_left : bool
@@ -78,6 +80,7 @@ class Isa:
     unit: int
     instruction: str
     tile: Tile
+    group_tile: Tile | None = None
     has_side: bool = False
     wide_left: bool = False
     permute: str | None = None

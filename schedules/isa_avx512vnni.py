@@ -22,6 +22,7 @@ class Avx512Vnni(Isa):
     has_side = True
     permute: str | None = "llvm.x86.avx512.permvar.hi.512"
     tile = Tile(rows=6, columns=64)
+    group_tile: Tile | None = Tile(rows=4, columns=48)  # both sets of sums fit the registers
     dot_intrinsic = "llvm.x86.avx512.vpdpbusd.512"
 
     def left_dtype(self, source: str) -> str:

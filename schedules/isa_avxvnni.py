@@ -13,6 +13,7 @@ class AvxVnni(Avx512Vnni):
     lanes = 8
     permute = None
     tile = Tile(rows=6, columns=16)
+    group_tile = None
     dot_intrinsic = "llvm.x86.avx512.vpdpbusd.256"
 
 
