@@ -137,5 +137,12 @@ def test_mistakes_are_told_before_the_work(imagenet, checkpoint, capsys):
     arguments = ["eval", MODEL, "--checkpoint", str(checkpoint), "--recipes", "minmax", "--data"]
     assert main([*arguments, str(imagenet)]) == 2
     assert "fix: name" in capsys.readouterr().err
+    calibrated = [*arguments, str(imagenet / "val"), "--calibration"]
+    for extra, says in (
+        (["nowhere"], "no such folder"),
+        ([str(imagenet / "train"), "--calibration-count", "0"], "1 or more"),
+    ):
+        assert main([*calibrated, *extra]) == 2
+        assert says in capsys.readouterr().err
     assert main([*arguments, str(imagenet / "val" / NAMES[0])]) == 2
     assert "class folders" in capsys.readouterr().err

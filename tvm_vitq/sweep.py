@@ -97,12 +97,17 @@ def sweep(
     VitqError : unknown model, recipe or data, malformed bits: all before the first row is computed.
     """
     from tvm_vitq import __version__
+    from tvm_vitq.calibrate import patch_similarity, sources
     from tvm_vitq.recipes import RECIPES, find_recipe
     from tvm_vitq.site_rules import parse_bits
 
     names = list(RECIPES) if list(recipes) == ["all"] else list(recipes)
+    if not (isinstance(calibration, str) and calibration == patch_similarity.NAME):
+        sources.check_request(calibration, calibration_count)
     for name in names:
-        find_recipe(name)
+        recipe_of_name = find_recipe(name)
+        if calibration_count is not None:
+            recipe_of_name.check_images(calibration_count)
     for width in bits:
         parse_bits(width)
     images = _described(calibration, calibration_count, seed)

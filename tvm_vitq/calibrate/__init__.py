@@ -113,6 +113,8 @@ def calibrate(
         by_width = {width: specs_at(f"w{width}a{width}") for width in method.widths if width in WIDTHS}
     else:
         specs = specs_at("w8a8" if bits == MIXED and overrides else bits)
+    if limit is not None:
+        method.check_images(limit)
     images = _images(model, calibration, limit, method.calibration_images, seed, progress)
     method.check_images(len(images.values))
     folder = None if work is None else Path(work)

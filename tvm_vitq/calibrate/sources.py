@@ -51,9 +51,9 @@ def load_images(
         iterable of such arrays or of ``(images, labels)``.
     input_shape : of the model, (batch, 3, H, W).
     preprocessing : of the model, for folders: "mean", "std", "crop_pct", "interpolation" as in timm.
-    limit : images used at most: a folder is drawn from at random, across its folders, which count as classes
-        (`image_folders.draw`); others give their first. None: `wanted` of a folder, at least LIMIT of others,
-        which a user chose one by one.
+    limit : images used, or made, at most: a folder is drawn from at random, across its folders, which count
+        as classes (`image_folders.draw`); others give their first. None: `wanted` of a folder, at least LIMIT
+        of others, which a user chose one by one.
     wanted : images that the recipe asks for.
     seed : of what is drawn or synthesized.
 
@@ -62,11 +62,11 @@ def load_images(
     VitqError : no images, another shape or type, NaN or infinity, an unreadable file (named).
     """
     shape = tuple(input_shape[1:])
-    if limit is not None and limit < 1:
-        raise VitqError("too few calibration images", where="calibration", got=limit, expected="1 or more")
+    check_request(calibration, limit)
     if calibration is None:
-        values = synthesize(SYNTHESIZED, shape, preprocessing, seed)
-        return Images(values, f"synthesized: {SYNTHESIZED} images, 1/f noise and shapes", [])
+        made = SYNTHESIZED if limit is None else limit
+        values = synthesize(made, shape, preprocessing, seed)
+        return Images(values, f"synthesized: {made} images, 1/f noise and shapes", [])
     if isinstance(calibration, (str, os.PathLike)):
         count = wanted if limit is None else limit
         return _from_folder(Path(calibration), shape, preprocessing, count, seed)
@@ -82,6 +82,20 @@ def load_images(
         got=type(calibration).__name__,
         expected=f"an array {FORM}, an iterable of them, a folder of images, or None",
     )
+
+
+def check_request(calibration: Any, limit: int | None) -> None:
+    """VitqError if no images can come of these arguments, as far as that shows without reading any."""
+    if limit is not None and limit < 1:
+        raise VitqError("too few calibration images", where="calibration", got=limit, expected="1 or more")
+    if isinstance(calibration, (str, os.PathLike)) and not Path(calibration).is_dir():
+        raise VitqError(
+            "not a folder" if Path(calibration).exists() else "no such folder",
+            where="calibration",
+            got=calibration,
+            expected="a folder of images",
+            fix="check the path; arrays are given as such, to `vitq` as .npy file",
+        )
 
 
 def _from_loader(loader: Iterable[Any], shape: tuple[int, ...], limit: int) -> Images:
@@ -159,14 +173,6 @@ def _counted(kind: str, count: int, limit: int) -> str:
 def _from_folder(
     folder: Path, shape: tuple[int, ...], preprocessing: Mapping[str, Any] | None, count: int, seed: int
 ) -> Images:
-    if not folder.is_dir():
-        raise VitqError(
-            "not a folder" if folder.exists() else "no such folder",
-            where="calibration",
-            got=folder,
-            expected="a folder of images",
-            fix="check the path; arrays are given as such, to `vitq` as .npy file",
-        )
     drawn = draw(folder, count, seed)
     if not drawn.files:
         raise VitqError(
