@@ -22,21 +22,23 @@ class ADFQViT(Recipe):
     q, k and v: steps and zero points searched together by the error to the power 2.4. All else: percentiles,
     weights per output channel. Attention-score enhanced module-wise optimization: attention and MLP one by
     one, roundings and activation scales trained on the squared error and, for attention, the divergence of
-    its maps, with half of the quantizers dropped.
+    its maps, with half of each input dropped to float.
 
     Departures: outliers are not kept in float beside the matmul but get the codes of a byte that b bits leave
-    free, with the step of all others (`quantizers.outliers`), and that step is widened where the largest
-    outlier would not fit; so operands with outliers are bytes whose inliers have b bits. 8 bits leave no
-    codes free: values are ranged as elsewhere. The final LayerNorm, which the paper leaves alone, is treated
-    likewise, per tensor. The shift is GELU's minimum instead of each tensor's at run time. The divergence is
-    taken along keys from the float map to the quantized one (released code swaps them and takes it along
-    heads), without a temperature.
+    free, with the step of all others (`quantizers.outliers`); where the largest do not fit, that step is
+    widened by the squared error. So operands with outliers are bytes whose inliers have b bits, and outliers
+    a hundred times as large as the rest cost their neighbours resolution, which the paper's do not. 8 bits
+    leave no codes free: values are ranged as elsewhere. The LayerNorms in front of reductions and head, which
+    the paper leaves alone, are treated likewise, per tensor where there are no tokens. The shift is GELU's
+    minimum instead of each tensor's at run time. The divergence is taken along keys from the float map to the
+    quantized one (released code swaps them and takes it along heads), without a temperature.
 
     Parameters
     ----------
     threshold : largest magnitude that is no outlier.
     zero : see `repq-vit`; of both logarithms.
-    iterations, batch, drop : of reconstruction, see `qdrop`.
+    iterations, batch : steps per module, images per step.
+    drop : share of a module's input that stays in float in a step.
     divergence : weight of the attention maps' divergence.
     """
 
@@ -73,7 +75,7 @@ class ADFQViT(Recipe):
         fit.fit_probabilities(job, summaries, rule)
         fit.fit_weights(job, rule)
         loss = AttentionDivergence(self.divergence)
-        settings = Settings(self.iterations, self.batch, self.drop, self.drop, loss=loss)
+        settings = Settings(self.iterations, self.batch, self.drop, drop=0.0, loss=loss)
         reconstruct(job, find_units(job.mod, "module"), settings)
 
     def _shifted_logarithms(self, job: Job, summaries: dict[str, Summary]) -> None:
