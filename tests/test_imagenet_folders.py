@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tvm_vitq.cli import main
 from tvm_vitq.datasets import load_dataset
 from tvm_vitq.errors import VitqError
 from tvm_vitq.image_folders import draw, labelled
+from tvm_vitq.recipes import RECIPES
 
 MODEL = "deit_tiny_patch16_224"
 NAMES = ("n01440764", "n01443537", "n02102040", "n03000684")
@@ -146,3 +148,13 @@ def test_mistakes_are_told_before_the_work(imagenet, checkpoint, capsys):
         assert says in capsys.readouterr().err
     assert main([*arguments, str(imagenet / "val" / NAMES[0])]) == 2
     assert "class folders" in capsys.readouterr().err
+
+
+def test_the_page_has_every_recipes_images():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "imagenet.md").read_text(encoding="utf-8")
+    said = {}
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) == 4 and cells[1].startswith("`") and cells[2].isdigit():
+            said |= {name.strip("` "): int(cells[2]) for name in cells[1].split(",")}
+    assert said == {name: recipe.calibration_images for name, recipe in RECIPES.items()}
