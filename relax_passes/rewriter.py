@@ -104,7 +104,7 @@ class GraphBuilder:
         last = kept[-1]  # a dataflow block hands its value out through an ordinary variable
         output = relax.Var(last.var.name, last.var.ty)
         kept[-1] = relax.VarBinding(output, last.value)
-        body = relax.SeqExpr([relax.DataflowBlock(kept)], output)
+        body = self._block.normalize(relax.SeqExpr([relax.DataflowBlock(kept)], output))
         function = relax.Function(params, body, output.ty, is_pure=True)
         return function.with_attr("global_symbol", "main")
 

@@ -19,7 +19,7 @@ def verify(mod: tvm.IRModule, after: str) -> None:
     """
     try:
         relax.analysis.well_formed(mod)
-    except tvm.error.TVMError as error:
+    except tvm.error.InternalError as error:
         raise VitqError("a pass left an ill-formed module", where=after, got=error) from error
     for block in mod["main"].body.blocks:
         for binding in block.bindings:

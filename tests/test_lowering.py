@@ -7,6 +7,7 @@ import pytest
 import tvm
 from tvm import relax
 
+import tvm_vitq
 from tvm_vitq import numerics, ops
 from tvm_vitq.compiler import _after_kernels
 from tvm_vitq.errors import VitqError
@@ -274,3 +275,12 @@ def test_verify_names_the_pass_that_broke_the_contract():
 
     with pytest.raises(VitqError, match=r"(?s)-128.*fc, after some_pass"):
         verify(graph(emit, ("x", (2, 16), "int8")), "some_pass")
+
+
+@pytest.mark.parametrize("recipe", ["minmax", "igq-vit"])
+@pytest.mark.parametrize("model", ["refmodel:vit", "refmodel:swin"])
+def test_every_pass_keeps_the_invariants(model, recipe, monkeypatch):
+    monkeypatch.setenv("VITQ_VERIFY", "1")
+    options = {"recipe": recipe, "calibration_count": 4, "progress": False}
+    quantized = tvm_vitq.quantize(model, "w4a4", **options)
+    assert tvm_vitq.compile(quantized).report["integer_coverage"] == 1
