@@ -45,7 +45,7 @@ class IGQViT(Recipe):
     name = "igq-vit"
     calibration_images: ClassVar[int] = 32
     groups: int = 8
-    sites: str = "layer_norm"
+    sites: str = "all"
     fold: bool = True
     allocate: bool = False
 
