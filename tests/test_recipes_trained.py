@@ -24,6 +24,7 @@ from tvm_vitq.calibrate.reparameterize import (
     find_folds,
     fit_channels,
     fold_quantizers,
+    limit_channels,
     observe_with_folds,
 )
 from tvm_vitq.calibrate.simulate import simulate
@@ -324,3 +325,20 @@ def test_outliers_run_as_integers():
     assert (
         wide[BLOCK + "attn.qkv.input"].codec == "uniform" and len(wide[BLOCK + "attn.qkv.input"].scale) == 17
     )
+
+
+def test_far_channels_are_divided_by_powers_of_two_and_the_function_stays():
+    job = job_of(outlier_vit()[1])
+    before = Executor(job.mod)
+    folds = find_folds(job)
+    observe_with_folds(job, folds, {}, 0.0)
+    limit_channels(job, folds, 10.0)
+    for fold in folds:
+        name = f"{fold.layer}.gamma"
+        ratio = before.constants[name] / job.executor.constants[name]
+        assert torch.equal(ratio, torch.exp2(torch.log2(ratio).round()))
+        assert all(job.ranges[variable] <= 10.0 for variable in fold.variables)
+        if ratio.max() > 1:
+            assert all(job.ranges[variable] > 5.0 for variable in fold.variables)
+    images = torch.from_numpy(IMAGES[:4])
+    torch.testing.assert_close(job.executor.run(images), before.run(images), rtol=1e-4, atol=1e-4)

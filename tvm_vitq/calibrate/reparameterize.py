@@ -206,26 +206,47 @@ def fold_quantizers(job: Job, folds: list[Fold], target: str = "mean") -> None:
 
 def _apply(job: Job, fold: Fold, target: str, changed: dict[str, np.ndarray]) -> None:
     quantizer = job.quantizers[fold.sites[0]]
-    constants = {n: v.double().numpy() for n, v in job.executor.constants.items() if _of(fold, n)}
     step, zero = np.array(quantizer.scale), np.array(quantizer.zero_point, np.float64)
     middle = TARGETS[target]
     common = float(np.float32(middle(step)))
     common_zero = int(np.clip(np.rint(middle(zero)), 0, quantizer.qmax))
-    ratio, shift = step / common, common * (common_zero - zero)
+    changed |= _moved(job, fold, step / common, common * (common_zero - zero))
+    for site in fold.sites:
+        job.quantizers[site] = SiteQuantizer(quantizer.bits, [common], [common_zero])
 
+
+def limit_channels(job: Job, folds: list[Fold], limit: float) -> None:
+    """Divide LayerNorm channels whose calibrated magnitude exceeds `limit` by the power of two that brings
+    it below, and multiply the weights that read them: changes the module's constants and ranges.
+
+    Needs ``job.channel_ranges`` of `observe_with_folds`.
+    """
+    changed: dict[str, np.ndarray] = {}
+    for fold in folds:
+        origins = [job.channel_ranges[origin] for origin in fold.variables.values()]
+        largest = torch.stack([end.abs() for ends in origins for end in ends]).amax(0).double().numpy()
+        ratio = np.exp2(np.ceil(np.log2(np.maximum(largest / limit, 1.0))))
+        if ratio.max() > 1:
+            changed |= _moved(job, fold, ratio, np.zeros_like(ratio))
+    if changed:
+        job.replace(changed)
+
+
+def _moved(job: Job, fold: Fold, ratio: np.ndarray, shift: np.ndarray) -> dict[str, np.ndarray]:
+    """Constants for which the LayerNorm gives ``a / ratio - shift`` and the layers behind it the same;
+    changes ranges.
+    """
+    constants = {n: v.double().numpy() for n, v in job.executor.constants.items() if _of(fold, n)}
     new = {f"{fold.layer}.gamma": constants[f"{fold.layer}.gamma"] / ratio}
     new[f"{fold.layer}.beta"] = constants[f"{fold.layer}.beta"] / ratio - shift
     for linear in dict.fromkeys(fold.linears):
         weight = constants[f"{linear}.weight"] * ratio
         new[f"{linear}.weight"] = weight
         new[f"{linear}.bias"] = constants[f"{linear}.bias"] + weight @ shift
-    changed |= {name: value.astype(np.float32) for name, value in new.items()}
-    for site in fold.sites:
-        job.quantizers[site] = SiteQuantizer(quantizer.bits, [common], [common_zero])
-
     for variable, origin in fold.variables.items():
         ends = [end.double().numpy() / ratio - shift for end in job.channel_ranges[origin]]
         job.ranges[variable] = float(np.abs(ends).max())
+    return {name: value.astype(np.float32) for name, value in new.items()}
 
 
 def _of(fold: Fold, constant: str) -> bool:

@@ -36,6 +36,7 @@ class ADFQViT(Recipe):
     Parameters
     ----------
     threshold : largest magnitude that is no outlier.
+    widest : channels that exceed so many thresholds are divided by a power of two.
     zero : see `repq-vit`; of both logarithms.
     iterations, batch : steps per module, images per step.
     drop : share of a module's input that stays in float in a step.
@@ -46,6 +47,7 @@ class ADFQViT(Recipe):
     calibration_images: ClassVar[int] = 1024
     trains: ClassVar[bool] = True
     threshold: float = 5.0
+    widest: float = 2.0
     zero: str = "reserved"
     iterations: int = 300
     batch: int = 16
@@ -59,8 +61,12 @@ class ADFQViT(Recipe):
         from tvm_vitq.calibrate.observe import observe
         from tvm_vitq.calibrate.probabilities import fit_log_sqrt2
         from tvm_vitq.calibrate.reconstruct import Settings, reconstruct
+        from tvm_vitq.calibrate.reparameterize import find_folds, limit_channels, observe_with_folds
 
         rule = searches.percentile()
+        folds = find_folds(job)
+        observe_with_folds(job, folds, {}, 0.0)
+        limit_channels(job, folds, self.widest * self.threshold)
         norms = outliers.norm_sites(job)
         outliers.ask_for_tokens(job, norms)
         norms = [site for site in norms if job.specs[site.name].bits < 8]
