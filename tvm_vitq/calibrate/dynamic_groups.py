@@ -117,14 +117,14 @@ def observe_channels(job: Job, sites: dict[str, int]) -> dict[str, Channels]:
     observer = _Observer(job, sites)
     job.run(observer, "channels")
     readers: dict[str, list[str]] = {}
-    for name, site in job.sites.items():
+    for alias, site in job.sites.items():
         if site.role == "input":
-            readers.setdefault(job.aliases.get(name, name), []).append(site.layer)
+            readers.setdefault(job.aliases.get(alias, alias), []).append(site.layer)
     found = {}
-    for site, parts in observer.parts.items():
+    for name, parts in observer.parts.items():
         low, high, sample = (torch.cat(p) for p in zip(*parts, strict=True))
-        importance = torch.cat([job.weight(layer) for layer in readers[site]]).square().mean(0)
-        found[site] = Channels(sites[site], low, high, sample, importance / importance.mean())
+        importance = torch.cat([job.weight(layer) for layer in readers[name]]).square().mean(0)
+        found[name] = Channels(sites[name], low, high, sample, importance / importance.mean())
     return found
 
 
