@@ -36,6 +36,7 @@ from tvm_vitq.ops import attrs, call, op_name, shape_of
 from tvm_vitq.plan import QuantPlan
 from tvm_vitq.quantizers import Uniform, codec_of
 from tvm_vitq.quantizers.codebook import Codebook
+from tvm_vitq.quantizers.uniform import integer_range
 from tvm_vitq.units import wide_ranges
 
 
@@ -274,21 +275,19 @@ class _Realizer:
             )
         weight, bias = (value_of(a).astype(np.float64) for a in value.args[1:])
         quantizer = self.plan[f"{site}.weight"]
-        scale = (
-            np.asarray(quantizer.scale).reshape(-1, 1)
-            if quantizer.granularity != "group"
-            else (np.asarray(quantizer.scale).reshape(len(weight), -1))
-        )
-        scale = np.broadcast_to(scale, (len(weight), scale.shape[1]))
+        parts = len(quantizer.scale) // len(weight) if quantizer.granularity == "group" else 1
+        numbers = (np.asarray(quantizer.scale), *integer_range(quantizer))
+        scale, *ends = (np.broadcast_to(v.reshape(-1, parts), (len(weight), parts)) for v in numbers)
+        lowest, highest = ends
         native, out = self.column_formats(var), self.wanted(var)
         largest = self.range_of(var)
         if chosen:
             given = self.plan[f"{site}.input"]
             groups = group_linear_constants(
-                weight, bias, scale, quantizer.qmax, given, x, native or out, largest, site
+                weight, bias, scale, (lowest, highest), given, x, native or out, largest, site
             )
             return self.emit(var, self.group_linear(codes, groups, native or out, site)), out
-        made = linear_constants(weight, bias, scale, quantizer.qmax, x, native or out, largest, site)
+        made = linear_constants(weight, bias, scale, (lowest, highest), x, native or out, largest, site)
         return self.emit(var, self.int_linear(codes, made, native or out, site)), out
 
     def int_linear(self, x: relax.Expr, made: LinearConstants, out: Format | None, site: str) -> relax.Call:

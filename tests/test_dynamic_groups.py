@@ -29,6 +29,7 @@ from tvm_vitq.recipes.igq_vit import IGQViT
 
 torch.set_num_threads(1)
 TARGET = "x86-64" if ISAS[0] == "x86_64" else f"x86-{ISAS[0]}"
+SIGNED = (np.array([[-127]]), np.array([[127]]))
 
 
 def site_of(scale, zero, tokens, bits=4):
@@ -106,7 +107,7 @@ def test_linear_is_within_its_bound():
     x, wide, weight = tensor(), wide_format(64.0), rng.normal(0, 0.1, (12, 16))
     scale, bias = np.abs(weight).max(1, keepdims=True) / 127, rng.normal(size=12)
     out = wide_format(30.0)
-    made = group_linear_constants(weight, bias, scale, 127, SITE, wide, out, 30.0, "fc")
+    made = group_linear_constants(weight, bias, scale, SIGNED, SITE, wide, out, 30.0, "fc")
     integers = np.rint(x / wide.scale).astype(np.int32)
     y = ng.int_group_linear(
         integers, made.weight, made.bias, made.multiplier, made.zero_point,
@@ -124,7 +125,7 @@ def test_linear_is_within_its_bound():
 def test_sums_that_could_overflow_get_coarser_units_or_are_refused():
     weight, wide = np.ones((2, 4096)), wide_format(1.0)
     scale = np.full((2, 1), 1 / 127)
-    made = group_linear_constants(weight, np.zeros(2), scale, 127, SITE, wide, None, 0.01, "fc")
+    made = group_linear_constants(weight, np.zeros(2), scale, SIGNED, SITE, wide, None, 0.01, "fc")
     assert made.multiplier[0] > wide_format(0.01).scale
     zero = made.quantizers.zero_point.astype(int)
     farthest = np.maximum(7 - zero, zero + 8)[:, None]
@@ -132,14 +133,14 @@ def test_sums_that_could_overflow_get_coarser_units_or_are_refused():
     assert 2**28 < most.max() < 2**31
     far = site_of([1e-3], [-40_000], 5)
     with pytest.raises(VitqError, match="too far from the codes"):
-        group_linear_constants(weight, np.zeros(2), scale, 127, far, wide, None, 1.0, "fc")
+        group_linear_constants(weight, np.zeros(2), scale, SIGNED, far, wide, None, 1.0, "fc")
     with pytest.raises(VitqError, match="could overflow"):
         wider = np.ones((1, 20_000))
         group_linear_constants(
-            wider, np.zeros(1), scale[:1], 127, site_of([1.0], [-30_000], 5), wide, None, 1.0, "fc"
+            wider, np.zeros(1), scale[:1], SIGNED, site_of([1.0], [-30_000], 5), wide, None, 1.0, "fc"
         )
     with pytest.raises(VitqError, match="weights in groups"):
-        group_linear_constants(weight, np.zeros(2), np.ones((2, 2)), 127, SITE, wide, None, 1.0, "fc")
+        group_linear_constants(weight, np.zeros(2), np.ones((2, 2)), SIGNED, SITE, wide, None, 1.0, "fc")
 
 
 # Calibration ------------------------------------------------------------------------------------------------

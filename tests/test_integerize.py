@@ -31,6 +31,9 @@ from tvm_vitq.units import wide_ranges
 
 RNG = np.random.default_rng
 
+SIGNED = (np.full((1, 1), -127), np.full((1, 1), 127))
+"""Ends of the codes of 8-bit weights."""
+
 
 def decode(codes: np.ndarray, f: Format) -> np.ndarray:
     scale, zero = f.broadcast(list(codes.shape))
@@ -124,7 +127,7 @@ def test_layers_that_could_overflow_are_refused() -> None:
     x = codes_format(8, [0.02], [128], "tensor")
     wide = np.ones((1, 140_000))
     with pytest.raises(VitqError, match="could overflow"):
-        linear_constants(wide, np.zeros(1), np.full((1, 1), 1 / 127), 127, x, None, 1.0, "fc")
+        linear_constants(wide, np.zeros(1), np.full((1, 1), 1 / 127), SIGNED, x, None, 1.0, "fc")
     with pytest.raises(VitqError, match="could overflow"):
         f = codes_format(8, [0.02], [128], "tensor")
         probs = probabilities("softmax", 8, 1 / 255, 40_000, "attn")
@@ -174,7 +177,8 @@ def linear_case(x: Format, groups: int, *, out: Format | None, seed: int = 0, bi
     scale = np.abs(weight.reshape(7, groups, -1)).max(-1) / qmax
     wide = np.repeat(scale, 24 // groups, axis=1)
     exact = decode(codes, x) @ (np.clip(np.rint(weight / wide), -qmax, qmax) * wide).T + bias
-    made = linear_constants(weight, bias, scale, qmax, x, out, float(np.abs(exact).max()), "fc")
+    ends = np.full_like(scale, -qmax), np.full_like(scale, qmax)
+    made = linear_constants(weight, bias, scale, ends, x, out, float(np.abs(exact).max()), "fc")
     form = nm.Output("float32") if out is None else nm.Output(out.dtype, out.qmin, out.qmax)
     got = nm.int_linear(codes, made.weight, made.bias, made.multiplier, made.zero_point, form, made.partial)
     largest = float(np.abs(exact).max())
@@ -212,16 +216,33 @@ def test_linear_constants_of_every_granularity(out: Format | None, bits: int) ->
             linear_case(x, groups, out=out, bits=bits, seed=groups)
 
 
+@pytest.mark.parametrize(
+    ("bits", "zero", "align"),
+    [(4, 8, 8), (4, 7, 8), (4, 0, 8), (3, 3, 16), (3, 7, 16), (2, 1, 32), (7, 64, 1)],
+)
+def test_weights_with_zero_points_keep_all_codes_in_a_byte(bits, zero, align) -> None:
+    """Integers are ``align * (q - zero)``, and the layer is that of the dequantized weight."""
+    codes = np.arange(2**bits) - zero
+    weight = np.stack([codes, codes[::-1]]) * 0.25
+    x = codes_format(8, [0.5], [128], "tensor")
+    ends = np.full((2, 1), -zero), np.full((2, 1), 2**bits - 1 - zero)
+    scale = np.full((2, 1), 0.25)
+    made = linear_constants(weight * 1.5, np.zeros(2), scale, ends, x, None, 1e3, "fc")
+    assert made.weight.min() >= -127
+    np.testing.assert_array_equal(made.weight[0], np.clip(np.rint(codes * 1.5), codes[0], codes[-1]) * align)
+    np.testing.assert_allclose(made.multiplier * align, 0.5 * 0.25)
+
+
 def test_groups_that_do_not_fit_are_refused() -> None:
     x = codes_format(8, [0.1] * 3, [128] * 3, "group")
     with pytest.raises(VitqError, match="do not fit each other"):
-        linear_constants(np.ones((2, 24)), np.zeros(2), np.ones((2, 4)), 127, x, None, 1.0, "fc")
+        linear_constants(np.ones((2, 24)), np.zeros(2), np.ones((2, 4)), SIGNED, x, None, 1.0, "fc")
     with pytest.raises(VitqError, match="larger groups"):
         linear_constants(
             np.ones((2, 512)),
             np.zeros(2),
             np.ones((2, 256)),
-            127,
+            SIGNED,
             codes_format(8, [0.1], [0], "tensor"),
             None,
             1.0,
@@ -229,7 +250,8 @@ def test_groups_that_do_not_fit_are_refused() -> None:
         )
     with pytest.raises(VitqError, match="folded"):
         per_channel = codes_format(8, [0.1] * 24, [128] * 24, "channel")
-        linear_constants(np.ones((2, 24)), np.zeros(2), np.ones((2, 1)), 127, per_channel, None, 1.0, "fc")
+        ones = np.ones((2, 24)), np.zeros(2), np.ones((2, 1))
+        linear_constants(*ones, SIGNED, per_channel, None, 1.0, "fc")
 
 
 @pytest.mark.parametrize("out", [OUTPUTS[0], OUTPUTS[1], None], ids=["codes", "wide", "logits"])
@@ -240,7 +262,7 @@ def test_dead_channels_keep_their_bias(out: Format | None) -> None:
     weight[3:] = 1e-12
     bias = np.array([0.0, 2.5, -3.1, 1.7, 4.0])
     for scale in (np.ones((5, 1)), np.full((5, 1), 1e-12 / 127)):
-        made = linear_constants(weight, bias, scale, 127, x, out, 4.0, "fc")
+        made = linear_constants(weight, bias, scale, SIGNED, x, out, 4.0, "fc")
         form = nm.Output("float32") if out is None else nm.Output(out.dtype, out.qmin, out.qmax)
         codes = RNG(0).integers(-128, 128, (3, 16)).astype(np.int8)
         got = nm.int_linear(codes, made.weight, made.bias, made.multiplier, made.zero_point, form)
@@ -251,7 +273,7 @@ def test_dead_channels_keep_their_bias(out: Format | None) -> None:
 def test_a_layer_whose_output_is_zero_builds() -> None:
     x = codes_format(8, [0.05] * 5, [128] * 5, "token")
     made = linear_constants(
-        np.zeros((3, 8)), np.zeros(3), np.ones((3, 1)), 127, x, wide_format(0.0), 0.0, "fc"
+        np.zeros((3, 8)), np.zeros(3), np.ones((3, 1)), SIGNED, x, wide_format(0.0), 0.0, "fc"
     )
     codes = RNG(0).integers(-128, 128, (1, 5, 8)).astype(np.int8)
     assert not nm.int_linear(

@@ -66,7 +66,7 @@ TRAINING = ("iterations", "clipping", "rounding", "refit")
 """Parameters that count steps of training."""
 
 LEAST_SQNR = {
-    "repq-vit": 21, "fq-vit": 15, "p2-vit": 15, "repquant": 20, "is-vit": 15, "adfq-vit": 15,
+    "repq-vit": 21, "fq-vit": 15, "p2-vit": 15, "repquant": 20, "is-vit": 15, "igq-vit": 16, "adfq-vit": 15,
     "aphq-vit": 18, "glf-q": 18,
 }  # fmt: skip
 """In dB at 8 bits, of those that clip at 8 bits as below, have 4-bit probabilities, or replace GELU in a few

@@ -214,10 +214,11 @@ def test_fisher_weights_are_squared_gradients():
 @pytest.mark.parametrize("recipe", [PTQ4ViT(hessian=False), AdaLog()])
 def test_search_lowers_the_output_error(recipe):
     mod = tiny_vit(depth=1)
-    job = job_of(mod, granularities=recipe.granularities("multiply"))
+    asked = recipe.granularities("multiply")
+    job = job_of(mod, granularities=asked)
     recipe.fit(job)
     samples = record(job)
-    plain = fit(mod, "w4a4", "minmax").plan.sites
+    plain = fit(mod, "w4a4", "minmax", granularities=asked).plan.sites
     for layer in ("attn.proj", "mlp.fc2"):
         sample = samples.linear[BLOCK + layer]
 

@@ -35,6 +35,7 @@ from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.quantized_model import QuantizedModel
 from tvm_vitq.quantizers import codec_of
 from tvm_vitq.quantizers.outliers import UniformOutliers
+from tvm_vitq.quantizers.uniform import integer_range
 from tvm_vitq.recipes import find_recipe
 from tvm_vitq.recipes.adfq_vit import ADFQViT
 from tvm_vitq.recipes.dopq_vit import DopQViT
@@ -217,7 +218,8 @@ def test_layer_roundings_lower_the_error_on_quantized_inputs():
         nearest = torch.from_numpy(codec_of(quantizer).round_trip(original[site].numpy(), quantizer))
         codes = rounded / torch.tensor(quantizer.scale)[:, None]
         assert (codes - codes.round()).abs().max() < 1e-4
-        steps_off = (original[site] / torch.tensor(quantizer.scale)[:, None]).clamp(-3, 3) - codes
+        low, high = (torch.from_numpy(end)[:, None] for end in integer_range(quantizer))
+        steps_off = (original[site] / torch.tensor(quantizer.scale)[:, None]).clamp(low, high) - codes
         assert steps_off.abs().max() < 1.001
         (step,) = (s for s in job.executor.steps if (s.op, s.layer) == ("vitq.linear", layer))
         taken = Taking(step.arguments[0].name, job.quantizers)

@@ -22,6 +22,7 @@ from tvm_vitq.errors import VitqError
 from tvm_vitq.ops import attrs, op_name
 from tvm_vitq.pipeline import realize_passes, run_passes
 from tvm_vitq.plan import SiteQuantizer
+from tvm_vitq.quantizers.uniform import integer_range
 from tvm_vitq.recipes.percentile import Percentile
 from tvm_vitq.relax_passes.annotate import annotate
 from tvm_vitq.relax_passes.sites import bindings, image_sites, list_sites
@@ -188,7 +189,8 @@ def test_codes_survive_to_the_integer_model(bits, asked):
         scale = np.repeat(np.array(quantizer.scale).reshape(len(stored), -1), _width(quantizer, stored), 1)
         codes = constants[f"{site}.weight"].numpy() / scale
         assert np.abs(codes - np.rint(codes)).max() < 1e-4
-        align = 128 // (quantizer.qmax + 1) if quantizer.granularity == "channel" else 1
+        farthest = max(int(np.abs(end).max()) for end in integer_range(quantizer))
+        align = 2 ** int(np.log2(127 / farthest)) if quantizer.granularity == "channel" else 1
         np.testing.assert_array_equal(stored, np.rint(codes).astype(int) * align)
         checked += 1
     assert checked == 10
@@ -269,8 +271,9 @@ def test_refined_roundings_and_compensation_lower_the_error():
         return float((difference @ moments * difference).sum())
 
     steps, scale = weight.double() / 0.7, torch.full((6, 16), 0.7).double()
-    nearest = refine_roundings(steps, scale, moments[:16, :16], 3, 0)
-    refined = refine_roundings(steps, scale, moments[:16, :16], 3, 100)
+    ends = torch.full_like(steps, -3), torch.full_like(steps, 3)
+    nearest = refine_roundings(steps, scale, moments[:16, :16], ends, 0)
+    refined = refine_roundings(steps, scale, moments[:16, :16], ends, 100)
     assert torch.equal(nearest, steps.round().clamp(-3, 3))
     assert (refined - steps.clamp(-3, 3)).abs().max() <= 1
     assert loss(refined, whole[:, -1]) < 0.5 * loss(nearest, whole[:, -1])

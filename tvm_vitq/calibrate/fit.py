@@ -10,7 +10,7 @@ from tvm_vitq.calibrate.job import Job
 from tvm_vitq.calibrate.observe import View, view_of
 from tvm_vitq.calibrate.searches import RangeRule, quantizer_numbers
 from tvm_vitq.calibrate.statistics import Summary, rows_of
-from tvm_vitq.plan import SiteQuantizer
+from tvm_vitq.plan import MAX_BITS, SiteQuantizer
 from tvm_vitq.quantizers import RowMaximum
 from tvm_vitq.relax_passes.sites import Site
 from tvm_vitq.site_rules import SiteSpec
@@ -25,18 +25,19 @@ def empty_quantizer(job: Job, site: Site, spec: SiteSpec) -> SiteQuantizer:
     """The quantizer that a spec asks for on this tensor, without numbers; what does not fit declines with a
     note.
     """
-    signed = site.role == "weight"
+    weight = site.role == "weight"
     granularity, axis, group = spec.granularity, AXES.get(spec.granularity), spec.group_size
-    if signed:
+    if weight:
         axis = None if granularity == "tensor" else 0
     if granularity == "group" and group is not None and site.shape[-1] % group:
-        granularity, axis, group = ("channel", 0, None) if signed else ("tensor", None, None)
+        granularity, axis, group = ("channel", 0, None) if weight else ("tensor", None, None)
         job.notes[site.name] = (
             f"per {granularity}: {site.shape[-1]} channels do not divide into groups of {spec.group_size}"
         )
     if granularity == "token" and len(site.shape) != 3:
         job.notes[site.name] = f"per tensor: no token axis in a tensor of shape {list(site.shape)}"
         granularity, axis = "tensor", None
+    signed = weight and spec.bits == MAX_BITS  # below, the byte of a weight holds ``q - zero_point``
     return SiteQuantizer(spec.bits, [], [], "uniform", signed, granularity, axis, group)
 
 
@@ -115,13 +116,13 @@ def fit_probabilities(job: Job, summaries: dict[str, Summary], rule: RangeRule) 
 
 
 def fit_weights(job: Job, rule: RangeRule) -> None:
-    """Symmetric quantizers of all weights, from the weights themselves as they are now."""
+    """Quantizers of all weights, symmetric at 8 bits, from the weights themselves as they are now."""
     for site, _ in job.progress(list(job.fitted_sites("weight")), "weights"):
         job.quantizers[site.name] = fit_weight(job, site, job.weight(site.layer), rule)
 
 
 def fit_weight(job: Job, site: Site, weight: Tensor, rule: RangeRule) -> SiteQuantizer:
-    """The symmetric quantizer of one layer's weight [N, K]."""
+    """The quantizer of one layer's weight [N, K]."""
     empty = empty_quantizer(job, site, job.specs[site.name])
     rows = rows_of(weight, empty.granularity, empty.axis, empty.group_size)
     return _filled(empty, Summary.of(rows), rule)

@@ -37,6 +37,7 @@ from tvm_vitq.calibrate.prefix import Quantized, Taking
 from tvm_vitq.calibrate.searches import RangeRule
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.quantizers.granularity import blocked_shape, fit_shape
+from tvm_vitq.quantizers.uniform import integer_range
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _fit_layer(
     quantizer = fit_weight(job, job.sites[site], weight[:, :-1].float(), rule)
     job.quantizers[site] = quantizer
     codes, bias = quantize_columns(weight, moments.inputs, quantizer, ridge, refinements)
-    scale = _scales(quantizer, codes.shape)
+    scale = _numbers(quantizer, codes.shape)[0]
     return {site: codes.float() * scale, f"{layer}.bias": bias.float()}
 
 
@@ -113,12 +114,13 @@ def reduce_activation_error(weight: Tensor, moments: Moments, ridge: float) -> T
 def quantize_columns(
     weight: Tensor, inputs: Tensor, quantizer: SiteQuantizer, ridge: float, refinements: int = 100
 ) -> tuple[Tensor, Tensor]:
-    """Codes [N, K] and bias [N] of a float64 weight [N, K + 1] whose last column is the bias.
+    """Codes [N, K], as ``q - zero_point``, and bias [N] of a float64 weight [N, K + 1] whose last column is
+    the bias.
 
     inputs : second moments [K + 1, K + 1].
     """
     weight, count = weight.clone(), weight.shape[1] - 1
-    scale = _scales(quantizer, (len(weight), count)).double()
+    scale, low, high = (v.double() for v in _numbers(quantizer, (len(weight), count)))
     regular = _regular(inputs, ridge)
     codes = torch.empty(len(weight), count, dtype=torch.float64)
     first = 0
@@ -126,19 +128,23 @@ def quantize_columns(
         last = first + (count - first + 1) // 2
         now, later = slice(first, last), slice(last, None)
         steps = weight[:, now] / scale[:, now]
-        codes[:, now] = refine_roundings(steps, scale[:, now], inputs[now, now], quantizer.qmax, refinements)
+        ends = low[:, now], high[:, now]
+        codes[:, now] = refine_roundings(steps, scale[:, now], inputs[now, now], ends, refinements)
         error = codes[:, now] * scale[:, now] - weight[:, now]
         weight[:, later] -= torch.linalg.solve(regular[later, later], inputs[later, now] @ error.T).T
         first = last
     return codes, weight[:, -1]
 
 
-def refine_roundings(steps: Tensor, scale: Tensor, inputs: Tensor, limit: int, changes: int) -> Tensor:
+def refine_roundings(
+    steps: Tensor, scale: Tensor, inputs: Tensor, ends: tuple[Tensor, Tensor], changes: int
+) -> Tensor:
     """Codes of ``steps`` [N, K]: nearest first, then per row, while it helps, the one change to the code on
-    the other side of `steps` that lowers ``d^T H d`` most; d is the error times `scale`, H `inputs`.
+    the other side of `steps` that lowers ``d^T H d`` most; d is the error times `scale`, H `inputs`; `ends` :
+    smallest and largest code of every element.
     """
-    codes = steps.round().clamp(-limit, limit)
-    other = (codes + torch.where(steps > codes, 1.0, -1.0)).clamp(-limit, limit)
+    codes = steps.round().clamp(*ends)
+    other = (codes + torch.where(steps > codes, 1.0, -1.0)).clamp(*ends)
     slope = ((codes - steps) * scale) @ inputs
     rows, curvature = torch.arange(len(steps)), inputs.diagonal()
     for _ in range(changes):
@@ -153,10 +159,11 @@ def refine_roundings(steps: Tensor, scale: Tensor, inputs: Tensor, limit: int, c
     return codes
 
 
-def _scales(quantizer: SiteQuantizer, shape: Sequence[int]) -> Tensor:
-    """float32 scale of every element of a weight."""
-    scale = fit_shape(torch.tensor(quantizer.scale), quantizer, shape)
-    return scale.expand(blocked_shape(quantizer, shape)).reshape(*shape)
+def _numbers(quantizer: SiteQuantizer, shape: Sequence[int]) -> list[Tensor]:
+    """float32 scale, smallest and largest code of every element of a weight."""
+    numbers = torch.tensor(quantizer.scale), *map(torch.from_numpy, integer_range(quantizer))
+    blocked = (fit_shape(v.float(), quantizer, shape) for v in numbers)
+    return [v.expand(blocked_shape(quantizer, shape)).reshape(*shape) for v in blocked]
 
 
 def _regular(moments: Tensor, ridge: float) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tvm_vitq.errors import VitqError
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.quantizers.granularity import blocked_shape, fit_shape
+from tvm_vitq.quantizers.uniform import integer_range
 
 STRETCH = 0.1
 """How far h's sigmoid reaches beyond 0 and 1, so that it gets there."""
@@ -31,7 +32,7 @@ class Weight(ABC):
     Parameters
     ----------
     weight : float, before quantization.
-    quantizer : its uniform, symmetric quantizer, per tensor, channel or group.
+    quantizer : its uniform quantizer, per tensor, channel or group; zero points stay.
 
     Attributes
     ----------
@@ -44,7 +45,9 @@ class Weight(ABC):
     def __init__(self, weight: Tensor, quantizer: SiteQuantizer) -> None:
         if quantizer.codec != "uniform":
             raise VitqError("weights are trained on uniform quantizers", where="codec", got=quantizer.codec)
-        self.shape, self.limit = weight.shape, quantizer.qmax
+        self.shape = weight.shape
+        ends = (torch.from_numpy(end).float() for end in integer_range(quantizer))
+        self.low, self.high = (fit_shape(end, quantizer, weight.shape) for end in ends)
         self.scale = fit_shape(torch.tensor(quantizer.scale), quantizer, weight.shape)
         self.steps = weight.detach().reshape(blocked_shape(quantizer, weight.shape)) / self.scale
         self.trained: list[Tensor] = []
@@ -56,7 +59,7 @@ class Weight(ABC):
 
     @abstractmethod
     def codes(self) -> Tensor:
-        """The result, whole numbers within the quantizer's range, in its blocked view."""
+        """The result, whole ``q - zero_point`` within the quantizer's range, in its blocked view."""
 
     def penalty(self, beta: float) -> Tensor:
         """What is added to the loss, about 1 per undecided weight."""
@@ -82,7 +85,7 @@ class Nearest(Weight):
         return self.hardened()
 
     def codes(self) -> Tensor:
-        return self.steps.round().clamp(-self.limit, self.limit)
+        return self.steps.round().clamp(self.low, self.high)
 
 
 class AdaRound(Weight):
@@ -102,10 +105,10 @@ class AdaRound(Weight):
         return (self.logits.sigmoid() * (1 + 2 * STRETCH) - STRETCH).clamp(0, 1)
 
     def value(self) -> Tensor:
-        return self._real((self.floor + self.up()).clamp(-self.limit, self.limit))
+        return self._real((self.floor + self.up()).clamp(self.low, self.high))
 
     def codes(self) -> Tensor:
-        return (self.floor + (self.logits >= 0)).clamp(-self.limit, self.limit)
+        return (self.floor + (self.logits >= 0)).clamp(self.low, self.high)
 
     def penalty(self, beta: float) -> Tensor:
         return (1 - (2 * self.up() - 1).abs().pow(beta)).sum()
@@ -124,10 +127,10 @@ class StraightThrough(Weight):
     def value(self) -> Tensor:
         steps = self.steps + self.moved
         rounded = steps + (steps.round() - steps).detach()
-        return self._real(rounded.clamp(-self.limit, self.limit))
+        return self._real(rounded.clamp(self.low, self.high))
 
     def codes(self) -> Tensor:
-        return (self.steps + self.moved).round().clamp(-self.limit, self.limit)
+        return (self.steps + self.moved).round().clamp(self.low, self.high)
 
 
 class LearnedSteps(StraightThrough):
@@ -142,10 +145,10 @@ class LearnedSteps(StraightThrough):
         factor = self.log.exp()
         steps = (self.steps + self.moved) / factor
         rounded = steps + (steps.round() - steps).detach()
-        return self._real(rounded.clamp(-self.limit, self.limit) * factor)
+        return self._real(rounded.clamp(self.low, self.high) * factor)
 
     def codes(self) -> Tensor:
-        return ((self.steps + self.moved) / self.log.exp()).round().clamp(-self.limit, self.limit)
+        return ((self.steps + self.moved) / self.log.exp()).round().clamp(self.low, self.high)
 
     def scales(self) -> Tensor:
         return (self.scale * self.log.exp()).detach()

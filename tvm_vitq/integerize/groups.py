@@ -57,7 +57,7 @@ def group_linear_constants(
     weight: Array,
     bias: Array,
     weight_scale: Array,
-    weight_max: int,
+    weight_ends: tuple[Array, Array],
     input_site: SiteQuantizer,
     x: Format,
     out: Format | None,
@@ -70,7 +70,7 @@ def group_linear_constants(
     ----------
     weight : float [N, K];  bias : float [N]
     weight_scale : float [N, 1]
-    weight_max : largest weight code
+    weight_ends : smallest and largest code, as ``q - zero_point``, [N, 1] each
     input_site : the plan's quantizer of x;  x : wide format of x
     out, largest : as in linear.linear_constants
 
@@ -87,7 +87,7 @@ def group_linear_constants(
         )
     quantizers = group_quantizers(input_site, x, f"{site}.input")
     scale = weight_scale[:, 0]
-    w = np.clip(np.rint(weight / weight_scale), -weight_max, weight_max).astype(np.int8)
+    w = np.clip(np.rint(weight / weight_scale), *weight_ends).astype(np.int8)
     sums = np.abs(w.astype(np.int64)).sum(1)
     zero = quantizers.zero_point.astype(np.int64)
     farthest = np.maximum(quantizers.qmax - zero, zero - quantizers.qmin)

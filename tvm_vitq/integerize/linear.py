@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,9 @@ from tvm_vitq.errors import VitqError
 from tvm_vitq.formats import Format, wide_format
 from tvm_vitq.integerize.headroom import linear_bound, require
 from tvm_vitq.numerics import WIDE_MAX, Array, Partial
+
+WEIGHT_MAX = 127
+"""Largest magnitude of a weight's byte: kernels do without -128."""
 
 OFFSET_CODES = 128
 """x86 dot products need unsigned codes, so kernels may add 128 to each; headroom is proved for that as
@@ -32,7 +36,7 @@ def linear_constants(
     weight: Array,
     bias: Array,
     weight_scale: Array,
-    weight_max: int,
+    weight_ends: tuple[Array, Array],
     x: Format,
     out: Format | None,
     largest: float,
@@ -44,24 +48,27 @@ def linear_constants(
     ----------
     weight : float [N, K];  bias : float [N]
     weight_scale : float [N, G], one scale per output channel and group of K / G input channels
-    weight_max : largest weight code; codes are in -weight_max .. weight_max
+    weight_ends : smallest and largest code, as ``q - zero_point``, [N, G] each
     x : format of the input codes
     out : format of the output; its scale and zero point may be arrays over N. None: float32 logits
     largest : largest calibrated \\|y\\|, used for the unit of sums with scales inside
 
     With one scale for x and one per output channel the sum is ``dot + bias_q - zero_x * sum_k w``, and
     requantization multiplies by ``s_x s_w / s_out``. Codes of fewer than 8 bits are then stored as multiples
-    of ``align = 128 / (weight_max + 1)``, at the upper end of their byte: the sum gets that many fractions of
-    ``s_x s_w``, and the bias is rounded to those. Otherwise see numerics.Partial.
+    of `align`, the largest power of two that keeps them in a byte, at the upper end of that: the sum gets
+    that many fractions of ``s_x s_w``, and the bias is rounded to those. Otherwise see numerics.Partial.
     """
     plain = weight_scale.shape[1] == 1 and x.granularity == "tensor"
-    align = 128 // (weight_max + 1) if plain else 1
+    largest_code = max(int(np.abs(end).max()) for end in weight_ends)
+    align = 2 ** int(math.log2(WEIGHT_MAX / largest_code)) if plain else 1
     if plain:
         weight_scale = np.maximum(weight_scale, align * _least_unit(bias)[:, None] / x.scale)
-    scale = np.repeat(weight_scale, weight.shape[1] // weight_scale.shape[1], axis=1)
+    size = weight.shape[1] // weight_scale.shape[1]
+    numbers = np.broadcast_arrays(weight_scale, *weight_ends)
+    scale, low, high = (np.repeat(v, size, axis=1) for v in numbers)
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.where(scale > 0, np.rint(weight / scale), 0.0)
-    w = (np.clip(codes, -weight_max, weight_max) * align).astype(np.int8)
+    w = (np.clip(codes, low, high) * align).astype(np.int8)
     weight_scale = weight_scale / align
     if x.granularity == "channel":
         raise VitqError(

@@ -15,7 +15,9 @@ class Uniform(Codec):
     """``q = clip(rint(x / scale) + zero_point, qmin, qmax)``, ``x^ = scale * (q - zero_point)``; rint ties
     to even.
 
-    Activations are unsigned with a zero point (asymmetric), weights signed with zero point 0 (symmetric).
+    Unsigned codes have a zero point (asymmetric): those of activations, and of weights below 8 bits, where
+    the signed byte of a kernel holds ``q - zero_point``. Weights of 8 bits are signed with zero point 0
+    (symmetric).
     """
 
     name = "uniform"
@@ -48,6 +50,15 @@ class Uniform(Codec):
         rounded = steps + (steps.round() - steps).detach() if steps.requires_grad else steps.round()
         codes = (rounded + zero).clamp(*self.limits(site))
         return ((codes - zero) * scale).reshape(x.shape)
+
+
+def integer_range(site: SiteQuantizer) -> tuple[Array, Array]:
+    """Smallest and largest ``q - zero_point``, int64 [P]: what an integer stands for in units of its
+    scale.
+    """
+    first, last = Uniform().limits(site)
+    zero = np.array(site.zero_point, np.int64)
+    return first - zero, last - zero
 
 
 def affine_from_range(low: Array, high: Array, bits: int) -> tuple[Array, Array]:

@@ -28,7 +28,7 @@ class AdaLog(Recipe):
     and zero points by progressive search of the output's error (`calibrate.progressive`).
 
     Departures: candidates are compared by the tensor's own error first, and fewer by the output's; zero
-    points are searched around those of their range; weights are symmetric, so only their scale is searched.
+    points are searched around those of their range; of weights only the scale is searched.
 
     Parameters
     ----------

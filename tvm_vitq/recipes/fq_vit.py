@@ -40,9 +40,9 @@ class FQViT(Recipe):
         from tvm_vitq.calibrate.codebooks import probability_codebook
         from tvm_vitq.calibrate.fit import softmax_sites
         from tvm_vitq.calibrate.frame import Rules, fit_frame
-        from tvm_vitq.calibrate.searches import minmax
+        from tvm_vitq.calibrate.searches import minmax, symmetric
 
         for site, spec in softmax_sites(job, "log_int_softmax"):
             bits = self.attention_bits if spec.bits == 8 and self.attention_bits else spec.bits
             job.quantizers[site.name] = probability_codebook("log_int_softmax", bits, zero=self.zero)
-        fit_frame(job, Rules(minmax, minmax, minmax))
+        fit_frame(job, Rules(minmax, minmax, symmetric(minmax)))

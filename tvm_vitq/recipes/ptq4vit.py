@@ -53,7 +53,7 @@ class PTQ4ViT(Recipe):
         from tvm_vitq.calibrate.searches import minmax, symmetric
 
         self._twins(job)
-        fit_frame(job, Rules(symmetric(minmax), minmax, minmax))
+        fit_frame(job, Rules(symmetric(minmax), minmax, symmetric(minmax)))
         blocks = {
             f"{layer}.weight": parts
             for layer, parts in fused_parts(job.mod).items()
@@ -86,9 +86,10 @@ def _gelu(quantizer: SiteQuantizer, m: int) -> SiteQuantizer:
 def _in_blocks(quantizer: SiteQuantizer, weight: Tensor, parts: int) -> SiteQuantizer:
     """One scale for each of so many equal blocks of rows."""
     rows = len(weight) // parts
-    largest = weight.abs().reshape(parts, -1).amax(1) / quantizer.qmax
+    largest = weight.abs().reshape(parts, -1).amax(1) / (2 ** (quantizer.bits - 1) - 0.5)
     scale = largest.clamp(min=quantizer.scale[0] * 2.0**-20).repeat_interleave(rows).tolist()
-    return replace(quantizer, scale=scale, zero_point=[0] * len(scale), granularity="channel", axis=0)
+    zero = quantizer.zero_point * len(scale)
+    return replace(quantizer, scale=scale, zero_point=zero, granularity="channel", axis=0)
 
 
 def _step(factors: tuple[float, ...], blocks: dict[str, int]) -> Step:

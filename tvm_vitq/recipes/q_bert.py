@@ -43,6 +43,8 @@ class QBert(Recipe):
                 continue
             weight = job.weight(site.layer)
             count = next(n for n in range(min(self.groups, len(weight)), 0, -1) if len(weight) % n == 0)
-            low, high = minmax(Summary.of(weight.reshape(count, -1)), spec.bits, True)
-            scale = quantizer_numbers(low, high, spec.bits, True)[0].repeat(len(weight) // count)
-            job.quantizers[site.name] = replace(job.quantizers[site.name], scale=scale.tolist())
+            given = job.quantizers[site.name]
+            low, high = minmax(Summary.of(weight.reshape(count, -1)), spec.bits, given.signed)
+            numbers = quantizer_numbers(low, high, spec.bits, given.signed)
+            scale, zero = (v.repeat(len(weight) // count).tolist() for v in numbers)
+            job.quantizers[site.name] = replace(given, scale=scale, zero_point=zero)

@@ -22,7 +22,7 @@ class RepQViT(Recipe):
     2**(-k / 2)``, ``k = round(-2 log2(p / s))``, where s is one of the three quantiles.
 
     Departures: the common zero point is whole, as exactness demands (the released code rounds on a shifted
-    lattice); weights are symmetric; every site is fitted to float inputs, not to quantized ones.
+    lattice); weights of 8 bits are symmetric; every site is fitted to float inputs, not to quantized ones.
 
     Parameters
     ----------
