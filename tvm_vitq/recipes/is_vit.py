@@ -24,8 +24,8 @@ class ISViT(Recipe):
 
     Departures: 2**bits levels of probabilities at calibration and inference (released code infers with one
     more); the common zero point is whole; weights of 8 bits are symmetric; learning rates count in steps of a
-    weight's quantizer; all LayerNorm outputs that can be are folded, also those in front of reductions and head; a
-    unit that training does not improve, on its quantized input, stays as it was.
+    weight's quantizer; all LayerNorm outputs that can be are folded, also those in front of reductions and
+    head; a unit that training does not improve, on its quantized input, stays as it was.
 
     Parameters
     ----------
