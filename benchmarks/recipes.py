@@ -29,7 +29,15 @@ from tvm_vitq.recipes.base import Recipe
 from tvm_vitq.render import table
 from tvm_vitq.sweep import BASELINE
 
-COSTLY = {"iterations": 1, "clipping": 1, "relu_iterations": 1, "images": 2, "rounds": 1, "refinements": 1}
+COSTLY = {
+    "iterations": 1,
+    "clipping": 1,
+    "rounding": 1,
+    "refit": 1,
+    "images": 2,
+    "rounds": 1,
+    "refinements": 1,
+}
 """Parameters of recipes that cost time and change no structure, with their least values."""
 
 
