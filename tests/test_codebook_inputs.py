@@ -92,3 +92,16 @@ def test_program_equals_its_reference_and_follows_the_simulation(bits, chosen, l
     library = tvm_vitq.compile(model)
     np.testing.assert_array_equal(np.concatenate([library(IMAGES[i : i + 2]) for i in range(0, 16, 2)]), want)
     assert sqnr(simulate(found.mod, found.plan)(IMAGES), want) > (30 if bits == "w8a8" else 10)
+
+
+def test_probabilities_that_all_fall_on_one_level_run():
+    """Attention as flat as that of an untrained model: one level is left, and the program follows."""
+    params = {"grid": 2**15, "eta": 0.01, "low": -6.39, "high": -5.52}
+    flat = SiteQuantizer(4, [1.0], [0], "shift_uniform_log2", params=params)
+    found, _ = realized("w8a8", lambda name: False)
+    probs = [name for name in found.plan.sites if name.endswith(".probs")]
+    found.plan.sites |= dict.fromkeys(probs, flat)
+    model = QuantizedModel(run_passes(found.mod, realize_passes(found.plan)), found.plan)
+    want = model.reference(IMAGES[:2])
+    np.testing.assert_array_equal(tvm_vitq.compile(model)(IMAGES[:2]), want)
+    assert sqnr(simulate(found.mod, found.plan)(IMAGES[:2]), want) > 25

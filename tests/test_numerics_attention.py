@@ -233,11 +233,15 @@ def test_codebook_leaves_out_levels_that_nothing_reaches() -> None:
     assert len(probs.values) < len(codec_of(site).integers(site)[1])  # type: ignore[arg-type]
 
 
+def test_one_level_for_all_probabilities_is_kept_with_an_edge_that_changes_nothing() -> None:
+    probs, _ = book_of("log2", 4, 9, scale=1e6)
+    assert probs.values is not None and probs.edges is not None
+    assert len(probs.edges) == 1 and probs.values[0] == probs.values[1]
+
+
 def test_codebook_refuses_what_integers_do_not_hold() -> None:
     with pytest.raises(VitqError, match="16 bits"):
         book_of("log2", 4, 9, grid=2**16)
-    with pytest.raises(VitqError, match="one level"):
-        book_of("log2", 4, 9, scale=1e6)
     with pytest.raises(VitqError, match="too many keys"):
         book_of("log2", 4, 8193)
     with pytest.raises(VitqError, match="only softmax"):

@@ -36,8 +36,8 @@ def codebook_probabilities(codec: Codebook, quantizer: SiteQuantizer, keys: int,
             fix="ask for a smaller grid, or for a shift of negative levels",
         )
     edges, values = reached(scale * thresholds - shift, values)
-    if len(edges) == 0:
-        raise VitqError("all probabilities fall on one level of a codebook", where=site, got=quantizer.params)
+    if len(edges) == 0:  # all probabilities fall on one level: the kernel gets an edge that changes nothing
+        edges, values = np.ones(1, np.int32), values.repeat(2)
     if quantizer.dynamic and values[-1] == 0:
         raise VitqError("a codebook relative to its row must not turn the row's maximum into 0", where=site)
     return Probabilities(
