@@ -1,8 +1,8 @@
 """Fits a model unit by unit, so that each quantized unit gives what the float one gives (BRECQ, QDrop).
 
-Trained are weights (`rounding`), biases, LayerNorms and scales. Every trained number counts in a unit
-of its own (a step of the weight's quantizer, the logarithm of a scale), so learning rates fit all layers,
-widths and models, and a few hundred iterations suffice.
+Trained are weights (`rounding`), biases, LayerNorms and scales of activations. Every trained number counts
+in a unit of its own (a step of the weight's quantizer, the logarithm of a scale), so learning rates fit all
+layers, widths and models, and a few hundred iterations suffice.
 
 The input of a unit is that of the float model, that of the quantized units in front of it, or a mixture that
 takes each element from either; the same share of the activations inside stays in float (QDrop), which keeps
@@ -165,10 +165,9 @@ class _Training(Hooks):
         measure = settings.loss.prepare(self.context)
         untrained = self.fitted()
         before = self.error(measure, untrained)
-        steps = [p for w in self.weights.values() for p in w.trained_scales]
         rates = (
             ([p for w in self.weights.values() for p in w.trained], settings.rate * settings.weights.rate),
-            ([*self.logs.values(), *steps], settings.rate_scales),
+            (list(self.logs.values()), settings.rate_scales),
             ([m for n, m in self.moves.items() if n.endswith(".bias")], settings.rate_biases),
             ([m for n, m in self.moves.items() if not n.endswith(".bias")], settings.rate_norms),
         )
@@ -240,7 +239,6 @@ class _Training(Hooks):
             for name, move in self.moves.items():
                 constants[name] = self.student.constants[name] + self.units[name] * move
             scales = {site: self.numbers[site]["scale"] * log.exp() for site, log in self.logs.items()}
-            scales |= {n: w.scales().flatten() for n, w in self.weights.items() if w.trained_scales}
         return Fitted(constants, scales)
 
     def weight(self, site: str, weight: Tensor) -> Tensor:

@@ -32,12 +32,11 @@ class Weight(ABC):
     Parameters
     ----------
     weight : float, before quantization.
-    quantizer : its uniform quantizer, per tensor, channel or group; zero points stay.
+    quantizer : its uniform quantizer, per tensor, channel or group; its numbers stay.
 
     Attributes
     ----------
     trained : what the optimizer changes;  rate : its learning rate.
-    trained_scales : the logarithms of scales, if these are trained too.
     """
 
     rate: float = 0.0
@@ -51,7 +50,6 @@ class Weight(ABC):
         self.scale = fit_shape(torch.tensor(quantizer.scale), quantizer, weight.shape)
         self.steps = weight.detach().reshape(blocked_shape(quantizer, weight.shape)) / self.scale
         self.trained: list[Tensor] = []
-        self.trained_scales: list[Tensor] = []
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -65,14 +63,10 @@ class Weight(ABC):
         """What is added to the loss, about 1 per undecided weight."""
         return torch.zeros(())
 
-    def scales(self) -> Tensor:
-        """Where they stand, in the shape of the quantizer's parameters."""
-        return self.scale
-
     def hardened(self) -> Tensor:
         """float32 [N, K] ``scale * codes``: its nearest codes are exactly these."""
         with torch.no_grad():
-            return (self.codes() * self.scales()).reshape(self.shape)
+            return self._real(self.codes())
 
     def _real(self, codes: Tensor) -> Tensor:
         return (codes * self.scale).reshape(self.shape)
@@ -131,27 +125,6 @@ class StraightThrough(Weight):
 
     def codes(self) -> Tensor:
         return (self.steps + self.moved).round().clamp(self.low, self.high)
-
-
-class LearnedSteps(StraightThrough):
-    """Trained like StraightThrough, and the logarithms of its scales with it."""
-
-    def __init__(self, weight: Tensor, quantizer: SiteQuantizer) -> None:
-        super().__init__(weight, quantizer)
-        self.log = torch.zeros_like(self.scale, requires_grad=True)
-        self.trained_scales = [self.log]
-
-    def value(self) -> Tensor:
-        factor = self.log.exp()
-        steps = (self.steps + self.moved) / factor
-        rounded = steps + (steps.round() - steps).detach()
-        return self._real(rounded.clamp(self.low, self.high) * factor)
-
-    def codes(self) -> Tensor:
-        return ((self.steps + self.moved) / self.log.exp()).round().clamp(self.low, self.high)
-
-    def scales(self) -> Tensor:
-        return (self.scale * self.log.exp()).detach()
 
 
 class Unquantized(StraightThrough):
