@@ -15,15 +15,26 @@ from tvm_vitq.numerics import Array
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Counts of an evaluation, and its logits.
+    """Logits [count, classes] of an evaluation and the labels [count] of its images.
 
-    correct of count images; `interval` is the half width of the 95 % confidence interval of top1 (normal
-    approximation), in percent.
+    `interval` is the half width of the 95 % confidence interval of top1 (normal approximation), in percent.
     """
 
-    correct: int
-    count: int
     logits: Array
+    labels: Array
+
+    @property
+    def right(self) -> Array:
+        """Whether each image is classified correctly."""
+        return self.logits.argmax(-1) == self.labels
+
+    @property
+    def correct(self) -> int:
+        return int(self.right.sum())
+
+    @property
+    def count(self) -> int:
+        return len(self.labels)
 
     @property
     def top1(self) -> float:
@@ -34,6 +45,13 @@ class Accuracy:
     def interval(self) -> float:
         p = self.correct / self.count
         return 196.0 * math.sqrt(p * (1 - p) / self.count)
+
+    def paired_interval(self, other: Accuracy) -> float:
+        """Half width, in points, of the 95 % confidence interval of the difference to another's top1 on the
+        same images: only those that exactly one of them gets right count.
+        """
+        difference = self.right.astype(np.float64) - other.right
+        return 196.0 * float(difference.std()) / math.sqrt(self.count)
 
     def agreement(self, other: Accuracy) -> float:
         """Percent of images on which both choose the same class."""
@@ -59,15 +77,11 @@ def evaluate(model: Any, dataset: Any, *, batch: int = 64, progress: bool = Fals
     VitqError : an empty dataset, images and labels of different length.
     """
     run, size = _runner(model, batch)
-    correct, logits = 0, []
-    for images, labels in _batches(dataset, size, progress):
-        out = run(images)
-        logits.append(out)
-        correct += int((out.argmax(-1) == labels).sum())
-    if not logits:
+    batches = [(run(images), labels) for images, labels in _batches(dataset, size, progress)]
+    if not batches:
         raise VitqError("the dataset is empty", where="evaluate", expected="at least one image")
-    everything = np.concatenate(logits)
-    return Accuracy(correct, len(everything), everything)
+    logits, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return Accuracy(logits, labels)
 
 
 def sqnr(signal: Array, approximation: Array) -> float:
