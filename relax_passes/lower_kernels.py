@@ -17,7 +17,7 @@ from tvm import relax
 from tvm.ir import Call, Expr
 
 from tvm_vitq.graph import value_of
-from tvm_vitq.numerics import Array, Output, Partial
+from tvm_vitq.numerics import Array, Multiples, Output, Partial, inner_scales
 from tvm_vitq.numerics_groups import GroupQuantizers
 from tvm_vitq.ops import attrs, dtype_of, op_name, probabilities_of, shape_of
 from tvm_vitq.relax_passes.lower_elementwise import EXPRESSIONS, operands
@@ -119,7 +119,8 @@ class _Lowering(Rewriter):
         extra = [rest.pop(4)] if epilogue else []
         if "tokens" in info:
             return self.group_linear(node, info, extra, [value_of(a) for a in rest])
-        partial = Partial(*(value_of(a) for a in rest[4:])) if rest[4:] else None
+        inner = inner_scales([value_of(a) for a in rest[4:]])
+        partial = inner if isinstance(inner, Partial) else None
         out = _output(info)
         spec = Linear(
             self.isa,
@@ -130,12 +131,13 @@ class _Lowering(Rewriter):
             lookup=dtype_of(extra[0]) if epilogue == "lookup" else None,
             residual=epilogue == "residual",
             zero_point=_kind_of_zero(zero, out),
-            groups=0 if partial is None else len(partial.multiplier),
+            groups=0 if inner is None else _groups(inner),
+            multiples=isinstance(inner, Multiples),
             row_scales=partial is not None and partial.row_multiplier is not None,
             row_zero_points=partial is not None and partial.row_zero_point is not None,
         )
         constants = spec.pack(
-            weight, bias, multiplier, zero if zero.size > 1 else int(zero.reshape(-1)[0]), partial
+            weight, bias, multiplier, zero if zero.size > 1 else int(zero.reshape(-1)[0]), inner
         )
         return self.call_kernel(spec, node, [x, *extra], constants)
 
@@ -210,6 +212,10 @@ class _Lowering(Rewriter):
     def elementwise(self, node: Call, info: dict[str, Any]) -> Expr:
         tensors, expression = operands(node)
         return self._block.call_te(expression, *tensors, primfunc_name_hint=op_name(node).replace(".", "_"))
+
+
+def _groups(inner: Partial | Multiples) -> int:
+    return len(inner.count if isinstance(inner, Multiples) else inner.multiplier)
 
 
 def _kind_of_zero(zero: Array, out: Output) -> str:

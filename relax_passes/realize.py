@@ -19,6 +19,7 @@ from tvm_vitq.formats import CodebookFormat, Format, codebook_format, codes_form
 from tvm_vitq.graph import (
     Dataflow,
     Leaf,
+    channels_stay,
     columns_read,
     data_operands,
     is_constant,
@@ -29,13 +30,15 @@ from tvm_vitq.graph import (
 from tvm_vitq.integerize.activation import activation_input, activation_table, codebook_table
 from tvm_vitq.integerize.attention import additive_scores, attention_constants, site_probabilities
 from tvm_vitq.integerize.groups import GroupLinearConstants, group_linear_constants
-from tvm_vitq.integerize.layer_norm import layer_norm_constants
+from tvm_vitq.integerize.layer_norm import gain_fits, layer_norm_constants
 from tvm_vitq.integerize.linear import LinearConstants, linear_constants
-from tvm_vitq.numerics import Array
+from tvm_vitq.integerize.multiples import multiple_constants
+from tvm_vitq.numerics import Array, Multiples
 from tvm_vitq.ops import attrs, call, op_name, shape_of
 from tvm_vitq.plan import QuantPlan
 from tvm_vitq.quantizers import Uniform, codec_of
 from tvm_vitq.quantizers.codebook import Codebook
+from tvm_vitq.quantizers.multiples import whole_scales
 from tvm_vitq.quantizers.uniform import integer_range
 from tvm_vitq.units import wide_ranges
 
@@ -119,7 +122,9 @@ class _Realizer:
         if var not in self.choice:
             asked = [self.demand(leaf) for leaf in self.graph.leaves(var)]
             keys = {None if f is None else f.key for f in asked}
-            same_for_all = len(keys) == 1 and (asked[0] is None or asked[0].granularity == "tensor")
+            same_for_all = len(keys) == 1 and (
+                asked[0] is None or asked[0].granularity == "tensor" or self.by_channel(var, asked[0])
+            )
             chosen = asked[0] if same_for_all else self.wide[var]
             if (
                 isinstance(chosen, CodebookFormat)
@@ -128,6 +133,15 @@ class _Realizer:
                 chosen = self.book_index(chosen)  # only tables of functions produce levels
             self.choice[var] = chosen
         return self.choice[var]
+
+    def by_channel(self, var: relax.Var, chosen: Format) -> bool:
+        """Whether `var` is a LayerNorm that can write codes with scales for groups of its channels."""
+        value = self.graph.definition.get(var)
+        if op_name(value) != "vitq.layer_norm" or chosen.granularity != "group":
+            return False
+        shape = shape_of(var)
+        stay = all(channels_stay(leaf.path, shape) for leaf in self.graph.leaves(var))
+        return stay and gain_fits(value_of(value.args[1]), chosen)
 
     def demand(self, leaf: Leaf) -> Format | None:
         """Format in which a consumer reads its operand."""
@@ -287,13 +301,19 @@ class _Realizer:
                 weight, bias, scale, (lowest, highest), given, x, native or out, largest, site
             )
             return self.emit(var, self.group_linear(codes, groups, native or out, site)), out
-        made = linear_constants(weight, bias, scale, (lowest, highest), x, native or out, largest, site)
+        whole = whole_scales(quantizer, x.scale, x.granularity, len(weight), f"{site}.weight")
+        if whole is not None:
+            made = multiple_constants(weight, bias, scale, (lowest, highest), whole, x, native or out, site)
+        else:
+            made = linear_constants(weight, bias, scale, (lowest, highest), x, native or out, largest, site)
         return self.emit(var, self.int_linear(codes, made, native or out, site)), out
 
     def int_linear(self, x: relax.Expr, made: LinearConstants, out: Format | None, site: str) -> relax.Call:
         args = [x, *map(const, (made.weight, made.bias, made.multiplier, made.zero_point))]
-        p = made.partial
-        if p is not None:
+        p = made.inner
+        if isinstance(p, Multiples):
+            args.append(const(p.count))
+        elif p is not None:
             args += [const(p.multiplier), const(p.bias)]
             if p.row_multiplier is not None:
                 args += [const(p.row_multiplier), const(p.row_zero_point), const(p.colsum)]

@@ -25,7 +25,7 @@ class DelayedLookup:
     def __init__(self, body: LinearBody, column: Expr, columns: int) -> None:
         self.body, self.column, self.columns = body, column, columns
         self.tile: Expr = 0
-        steps = body.isa.side_steps(columns, body.spec.depth)
+        steps = body.isa.side_steps(columns, body.spec.whole_depth)
         self.per_step = tir.ceildiv(body.rows.large * columns, steps)
         most = body.isa.side_steps(columns, body.spec.most_depth)
         self.size = packing.padded(most * self.per_step, GROUP)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tvm_vitq.numerics import Output, Partial
+from tvm_vitq.numerics import Multiples, Output, Partial
 from tvm_vitq.schedules import packing, tir
 from tvm_vitq.schedules.isa import Isa, Tile, isa
 from tvm_vitq.schedules.kernel import Argument, Kernel, kernel_name
@@ -27,12 +27,13 @@ class Linear:
     lookup : dtype of the table (4096 entries, an argument), or None.
     residual : adds a wide tensor [M, N] with saturation; `out` is then int32.
     zero_point : "none" (0), "scalar" or "vector", how the output's zero point is given.
-    groups : K is cut into this many groups with multipliers of their own (numerics.Partial); 0 for none.
+    groups : K is cut into this many groups with scales of their own (numerics.Partial); 0 for none.
+    multiples : the groups' scales are whole multiples (numerics.Multiples).
     row_scales, row_zero_points : Partial.row_multiplier and Partial.row_zero_point are present (needs groups
         >= 1).
     tile : tile sizes; None takes the instruction set's default.
 
-    Arguments of the kernel, in order: x, weight, bias, multiplier, [zero_point], [group_multiplier,
+    Arguments of the kernel, in order: x, weight, bias, multiplier, [zero_point], [count], [group_multiplier,
     group_bias], [row_multiplier], [row_zero_point, colsum], [table], [residual], out. `pack` returns those
     from weight to colsum.
     """
@@ -46,6 +47,7 @@ class Linear:
     residual: bool = False
     zero_point: str = "none"
     groups: int = 0
+    multiples: bool = False
     row_scales: bool = False
     row_zero_points: bool = False
     tile: Tile | None = None
@@ -57,7 +59,7 @@ class Linear:
     @property
     def tiles(self) -> Tile:
         """The tile sizes in force."""
-        return self.tile or self.target.tile
+        return self.tile or (self.target.group_tile if self.multiples else None) or self.target.tile
 
     @property
     def group_width(self) -> int:
@@ -70,9 +72,14 @@ class Linear:
         return packing.padded(self.group_width, self.target.unit)
 
     @property
+    def whole_depth(self) -> int:
+        """Depths of all groups as stored."""
+        return self.depth * max(self.groups, 1)
+
+    @property
     def most_depth(self) -> int:
-        """Depths that a product runs through at most."""
-        return self.depth
+        """Depths that a row's products run through at most."""
+        return self.whole_depth
 
     @property
     def out_dtype(self) -> str:
@@ -89,7 +96,7 @@ class Linear:
         epilogue = ["shift"] if self.out.kind == "shift" else []
         epilogue += ["lut"] if self.lookup else []
         epilogue += ["add"] if self.residual else []
-        weight = "qs8cx" if not self.groups else f"qs8g{self.group_width}"
+        weight = "qs8cx" if not self.groups else f"qs8{'m' if self.multiples else 'g'}{self.group_width}"
         left = "qs8" + ("px" if self.row_scales else "") + ("pz" if self.row_zero_points else "")
         zero = {"none": "", "scalar": "z", "vector": "zv"}[self.zero_point]
         clip = "" if self.out_dtype == "float32" else f"{self.out.qmin}to{self.out.qmax}".replace("-", "m")
@@ -107,7 +114,9 @@ class Linear:
         if self.zero_point != "none":
             shape = (1,) if self.zero_point == "scalar" else (padded,)
             result.append(Argument("zero_point", shape, "int32", "constant"))
-        if self.groups:
+        if self.multiples:
+            result.append(Argument("count", (self.groups, padded), "int16", "constant"))
+        elif self.groups:
             result.append(Argument("group_multiplier", (self.groups, padded), "float32", "constant"))
             result.append(Argument("group_bias", (self.groups, padded), "int32", "constant"))
         if self.row_scales:
@@ -127,38 +136,43 @@ class Linear:
         bias: Array,
         multiplier: Array | float,
         zero_point: Array | int = 0,
-        partial: Partial | None = None,
+        inner: Partial | Multiples | None = None,
     ) -> list[Array]:
         """The constants of numerics.int_linear as this kernel's arguments from `weight` to `colsum`.
 
         The offset that the instruction adds to x (128 on x86) is taken back here: ``bias - offset * sum_k
-        weight``.
+        weight``, where groups count by their multiples.
         """
         target, groups = self.target, max(self.groups, 1)
         packed = packing.pack_right(weight, self.tiles.columns, target.step, target.unit, groups)
         excess = target.offset("int8") * weight.astype(np.int32).reshape(self.n, groups, -1).sum(
             -1, dtype=np.int32
         )
-        if partial is None:
+        if inner is None:
             bias = bias.astype(np.int32) - excess[:, 0]
+        elif isinstance(inner, Multiples):
+            bias = bias.astype(np.int32) - (excess * inner.count.T.astype(np.int32)).sum(1, dtype=np.int32)
         arrays = [packed, packing.pack_columns(bias, self.n, "int32")]
         arrays.append(packing.pack_multiplier(multiplier, self.n, self.out))
         if self.zero_point == "scalar":
             arrays.append(np.asarray(zero_point, np.int32).reshape(1))
         elif self.zero_point == "vector":
             arrays.append(packing.pack_columns(zero_point, self.n, "int32"))
-        if partial is not None:
-            group_bias = partial.bias.astype(np.int32) - excess.T
-            per_group = [(partial.multiplier, "float32"), (group_bias, "int32")]
-            arrays += [np.stack([packing.pack_columns(row, self.n, t) for row in v]) for v, t in per_group]
-            if partial.row_multiplier is not None:
-                arrays.append(self._rows(partial.row_multiplier, np.float32))
-            if partial.row_zero_point is not None and partial.colsum is not None:
-                arrays.append(self._rows(partial.row_zero_point, np.int32))
-                arrays.append(
-                    np.stack([packing.pack_columns(row, self.n, "int32") for row in partial.colsum])
-                )
+        if isinstance(inner, Multiples):
+            arrays.append(self._groups(inner.count, "int16"))
+        elif inner is not None:
+            arrays.append(self._groups(inner.multiplier, "float32"))
+            arrays.append(self._groups(inner.bias.astype(np.int32) - excess.T, "int32"))
+            if inner.row_multiplier is not None:
+                arrays.append(self._rows(inner.row_multiplier, np.float32))
+            if inner.row_zero_point is not None and inner.colsum is not None:
+                arrays.append(self._rows(inner.row_zero_point, np.int32))
+                arrays.append(self._groups(inner.colsum, "int32"))
         return arrays
+
+    def _groups(self, values: Array, dtype: str) -> Array:
+        """Constants [G, N] with padded columns."""
+        return np.stack([packing.pack_columns(row, self.n, dtype) for row in values])
 
     def _rows(self, values: Array, dtype: type) -> Array:
         """Per token constants, repeated for every image of the batch."""

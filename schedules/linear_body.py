@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tvm_vitq.numerics import WIDE_MAX
 from tvm_vitq.schedules import packing, tir
 from tvm_vitq.schedules.delayed_lookup import MAX_SIDE_LOOKUPS, DelayedLookup
-from tvm_vitq.schedules.isa import Side
+from tvm_vitq.schedules.isa import Side, Sink
 from tvm_vitq.schedules.kernel import Split
 from tvm_vitq.schedules.packing import GROUP
 from tvm_vitq.schedules.requantize import requantize, zero_lanes
@@ -95,12 +95,15 @@ class LinearBody:
         """Whether table lookups of a tile are done inside the product of the next one."""
         spec = self.spec
         elements = self.rows.large * spec.tiles.columns
-        per_step = tir.ceildiv(elements, self.isa.side_steps(spec.tiles.columns, spec.depth))
-        return bool(spec.lookup) and self.isa.has_side and not spec.groups and per_step <= MAX_SIDE_LOOKUPS
+        per_step = tir.ceildiv(elements, self.isa.side_steps(spec.tiles.columns, spec.whole_depth))
+        takes_side = self.isa.has_side and (spec.multiples or not spec.groups)
+        return bool(spec.lookup) and takes_side and per_step <= MAX_SIDE_LOOKUPS
 
     def _tile(self, row: Expr, column: Expr, rows: int, columns: int, lookup: DelayedLookup | None) -> None:
         sums = tir.scratch(rows * columns, "int32")
-        if self.spec.groups:
+        if self.spec.multiples:
+            self._multiples(sums, row, column, rows, columns, lookup)
+        elif self.spec.groups:
             self._partial(sums, row, column, rows, columns)
         else:
             self._product(sums, row, column, rows, columns, 0, lookup.step if lookup else None)
@@ -119,6 +122,16 @@ class LinearBody:
         side: Side | None = None,
     ) -> None:
         """sums = x[rows, group] @ weight[columns, group].T"""
+
+        def sink(r: int, c: Expr, value: Expr, lanes: int) -> None:
+            tir.store(sums, value, r * columns + c, lanes)
+
+        self._dots(row, column, rows, columns, group, sink, side)
+
+    def _dots(
+        self, row: Expr, column: Expr, rows: int, columns: int, group: Expr, sink: Sink, side: Side | None
+    ) -> None:
+        """Gives x[rows, group] @ weight[columns, group].T to `sink`."""
         spec, depth = self.spec, self.spec.depth
         base = tir.let(column * (self.groups * depth) + group * (depth * columns))
 
@@ -130,13 +143,30 @@ class LinearBody:
         def right(offset: Expr, n: int) -> Expr:
             return tir.load(self.b["weight"], base + offset, n)
 
-        def sink(r: int, c: int, value: Expr, lanes: int) -> None:
-            tir.store(sums, value, r * columns + c, lanes)
-
         if side is None:
             self.isa.matmul(rows, columns, depth, left, right, sink, "int8", False)
         else:
             self.isa.matmul(rows, columns, depth, left, right, sink, "int8", False, side)
+
+    def _multiples(
+        self, sums: Expr, row: Expr, column: Expr, rows: int, columns: int, lookup: DelayedLookup | None
+    ) -> None:
+        """sums = sum over groups of count times product: all of them stay in registers."""
+        for i in range(0, rows * columns, GROUP):
+            tir.store(sums, tir.constant(0, "int32"), i)
+        steps = self.isa.side_steps(columns, self.spec.depth)
+        with TB.serial(0, self.groups) as group:
+
+            def sink(r: int, c: Expr, value: Expr, lanes: int) -> None:
+                count = tir.cast(tir.load(self.b["count"], [group, column + c], lanes), "int32", lanes)
+                at = r * columns + c
+                tir.store(sums, tir.load(sums, at, lanes) + value * count, at, lanes)
+
+            def side(i: Expr) -> None:
+                assert lookup is not None
+                lookup.step(group * steps + i)
+
+            self._dots(row, column, rows, columns, group, sink, side if lookup else None)
 
     def _partial(self, sums: Expr, row: Expr, column: Expr, rows: int, columns: int) -> None:
         """sums = sum over groups of the rounded, scaled products; bias comes with the epilogue."""

@@ -8,7 +8,7 @@ from kernel_library import Case
 from tvm_vitq import numerics as nm
 from tvm_vitq import numerics_attention as na
 from tvm_vitq.integerize.attention import probabilities
-from tvm_vitq.numerics import Output, Partial
+from tvm_vitq.numerics import Multiples, Output, Partial
 from tvm_vitq.numerics_attention import Probabilities
 from tvm_vitq.schedules.attention import Attention, View
 from tvm_vitq.schedules.isa import Tile
@@ -37,6 +37,12 @@ LINEARS = {
     "residual": ((10, 50, 96), {"out": WIDE, "residual": True}),
     "groups": ((7, 18, 80), {"out": CODES, "groups": 5, "zero_point": "scalar"}),
     "groups_tail": ((4, 16, 36), {"out": WIDE, "groups": 3, "residual": True}),
+    "multiples": ((13, 130, 80), {"out": CODES, "groups": 5, "multiples": True, "zero_point": "scalar"}),
+    "multiples_tail": ((7, 18, 36), {"out": WIDE, "groups": 3, "multiples": True, "residual": True}),
+    "multiples_lookup": (
+        (31, 100, 208),
+        {"out": INDEX, "groups": 13, "multiples": True, "lookup": "int8", "zero_point": "scalar"},
+    ),
     "rows": ((9, 30, 48), {"out": CODES, "groups": 1, "row_scales": True, "row_zero_points": True}),
 }
 
@@ -59,25 +65,28 @@ def linear_case(
         multiplier = np.exp2(-rng.integers(0, 16, n)).astype(np.float32)
     zero = {"none": 0, "scalar": 5, "vector": rng.integers(-9, 9, n)}[options.get("zero_point", "none")]
     zero = zero + (2048 if options["out"] is INDEX else 0)
-    partial = None
-    if groups := options.get("groups", 0):
-        partial = Partial(
+    inner: Partial | Multiples | None = None
+    if options.get("multiples"):
+        inner = Multiples(rng.integers(1, 64, (options["groups"], n)).astype(np.int16))
+        multiplier = (multiplier / 32).astype(np.float32)
+    elif groups := options.get("groups", 0):
+        inner = Partial(
             rng.uniform(0.1, 2, (groups, n)).astype(np.float32),
             rng.integers(-2000, 2000, (groups, n)).astype(np.int32),
         )
         if options.get("row_scales"):
             sums = weight.reshape(n, groups, -1).sum(-1, dtype=np.int32).T
             rows = rng.uniform(0.5, 2, m).astype(np.float32), rng.integers(-128, 128, m).astype(np.int32)
-            partial = Partial(partial.multiplier, partial.bias, *rows, sums)
+            inner = Partial(inner.multiplier, inner.bias, *rows, sums)
     inputs = [x]
-    expected = nm.int_linear(x, weight, bias, multiplier, zero, options["out"], partial)
+    expected = nm.int_linear(x, weight, bias, multiplier, zero, options["out"], inner)
     if dtype := options.get("lookup"):
         inputs.append(rng.integers(-128, 128, 4096).astype(dtype))
         expected = nm.int_lookup(expected, inputs[-1])
     if options.get("residual"):
         inputs.append(rng.integers(-nm.WIDE_MAX, nm.WIDE_MAX, (m, n)).astype(np.int32))
         expected = nm.int_add(expected, inputs[-1])
-    return Case(name, spec, inputs, spec.pack(weight, bias, multiplier, zero, partial), expected)
+    return Case(name, spec, inputs, spec.pack(weight, bias, multiplier, zero, inner), expected)
 
 
 def layer_norm_case(name: str, m: int, c: int, out: Output) -> Case:

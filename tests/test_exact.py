@@ -54,6 +54,14 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
         lambda g: g.tiny_vit(dim=64, depth=1),
         {"granularities": Granularities(weight_group=16, input_group=32), "recipe": "minmax"},
     ),
+    "multiples": (
+        lambda g: g.tiny_vit(dim=48, heads=3, image=28, classes=37, batch=1),
+        {"bits": "w8a8", "recipe": "vs-quant"},
+    ),
+    "narrow_multiples": (
+        lambda g: g.tiny_vit(depth=1, dim=48, heads=3, image=28, classes=37, batch=1),
+        {"bits": "w4a4", "recipe": "vs-quant"},
+    ),
     "tokens": (
         lambda g: g.tiny_vit(depth=1),
         {"granularities": Granularities(input="token"), "recipe": "minmax"},
@@ -110,8 +118,11 @@ def test_host_library_equals_reference(name, target):
     )
 
 
+ARM_MODELS = ["vit", "vit_batch", "gated", "mixer", "groups", "multiples", "shift", "log2"]
+
+
 @pytest.mark.parametrize("isa", ARM_TARGETS)
-@pytest.mark.parametrize("name", ["vit", "vit_batch", "gated", "mixer", "groups", "shift", "log2"])
+@pytest.mark.parametrize("name", ARM_MODELS)
 def test_aarch64_library_equals_reference(run_under_qemu, tmp_path, name, isa):
     qm, images, want = quantized(name)
     path = tvm_vitq.compile(qm, ARM_TARGETS[isa]).export_library(tmp_path / f"{name}.so")

@@ -180,12 +180,12 @@ def linear_case(x: Format, groups: int, *, out: Format | None, seed: int = 0, bi
     ends = np.full_like(scale, -qmax), np.full_like(scale, qmax)
     made = linear_constants(weight, bias, scale, ends, x, out, float(np.abs(exact).max()), "fc")
     form = nm.Output("float32") if out is None else nm.Output(out.dtype, out.qmin, out.qmax)
-    got = nm.int_linear(codes, made.weight, made.bias, made.multiplier, made.zero_point, form, made.partial)
+    got = nm.int_linear(codes, made.weight, made.bias, made.multiplier, made.zero_point, form, made.inner)
     largest = float(np.abs(exact).max())
-    if made.partial is None:  # half an accumulator unit from the bias
+    if made.inner is None:  # half an accumulator unit from the bias
         inner = 0.5 * float(x.scale) * scale[:, 0]
     else:  # half a unit from the bias and from each part
-        inner = np.full(7, 0.5 * (1 + len(made.partial.multiplier)) * float(wide_format(largest).scale))
+        inner = np.full(7, 0.5 * (1 + len(made.inner.multiplier)) * float(wide_format(largest).scale))
     inner = inner + 8 * 2.0**-24 * largest * groups
     if out is None:
         assert np.all(np.abs(got - exact) <= inner)
@@ -277,7 +277,7 @@ def test_a_layer_whose_output_is_zero_builds() -> None:
     )
     codes = RNG(0).integers(-128, 128, (1, 5, 8)).astype(np.int8)
     assert not nm.int_linear(
-        codes, made.weight, made.bias, made.multiplier, 0, nm.Output("int32"), made.partial
+        codes, made.weight, made.bias, made.multiplier, 0, nm.Output("int32"), made.inner
     ).any()
 
 

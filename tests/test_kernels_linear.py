@@ -73,7 +73,7 @@ def test_names_tell_functions_apart():
         {"zero_point": "scalar"}, {"zero_point": "vector"}, {"groups": 2}, {"groups": 4},
         {"groups": 1, "row_scales": True}, {"groups": 1, "row_zero_points": True}, {"tile": Tile(4, 32)},
         {"out": INDEX, "lookup": "int8"}, {"out": INDEX, "lookup": "int32"}, {"out": WIDE}, {"out": LOGITS},
-        {"out": WIDE, "residual": True},
+        {"out": WIDE, "residual": True}, {"groups": 2, "multiples": True},
     ]  # fmt: skip
     names = [Linear(**{**base, **v}).name for v in variants]
     assert len(set(names)) == len(names)

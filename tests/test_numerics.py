@@ -147,6 +147,17 @@ def test_partial_sums_round_once_per_group(groups: int, rows: bool) -> None:
     assert np.abs(got - exact).max() <= groups * 0.51 and got.shape == exact.shape
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_multiples_round_nothing(groups: int) -> None:
+    x = rng().integers(-128, 128, (2, 4, 16)).astype(np.int8)
+    w = rng(1).integers(-127, 128, (5, 16)).astype(np.int8)
+    count = rng(2).integers(1, 64, (groups, 5)).astype(np.int16)
+    bias = rng(4).integers(-1000, 1000, 5).astype(np.int32)
+    got = nm.int_linear(x, w, bias, np.float32(1.0), 0, WIDE, nm.Multiples(count))
+    exact = x.astype(np.float64) @ (w * np.repeat(count.T.astype(np.float64), 16 // groups, 1)).T + bias
+    np.testing.assert_array_equal(got, np.clip(exact, -nm.WIDE_MAX, nm.WIDE_MAX))
+
+
 # Elementwise
 
 

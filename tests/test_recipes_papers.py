@@ -240,21 +240,30 @@ def test_adalog_is_fitted():
 # Groups of weights and inputs -------------------------------------------------------------------------------
 
 
-def test_vs_quant_scales_have_two_levels():
-    plan = fit(tiny_vit(depth=1), "w4a4", VSQuant(scale_bits=4)).plan
-    for name, rows in (("mlp.fc2.weight", 32), ("mlp.fc2.input", 1)):
-        site = plan[BLOCK + name]
-        assert site.group_size == 16
-        scale = np.array(site.scale).reshape(rows, -1)
-        multiples = scale / scale.max(1, keepdims=True) * 15
-        np.testing.assert_allclose(multiples, np.rint(multiples), atol=1e-4)
+@pytest.mark.parametrize(("bits", "most"), [("w8a8", 15), ("w4a4", 15), ("w3a3", 15)])
+def test_vs_quant_products_of_scales_are_whole_multiples(bits, most):
+    plan = fit(tiny_vit(depth=1), bits, VSQuant(scale_bits=4)).plan
+    weight, x = plan[BLOCK + "mlp.fc2.weight"], plan[BLOCK + "mlp.fc2.input"]
+    assert weight.group_size == x.group_size == 16
+    products = np.array(weight.scale).reshape(32, -1) * np.array(x.scale)
+    count = np.array(weight.params["multiples"]).reshape(32, -1)
+    assert 1 <= count.min() and count.max() <= most
+    np.testing.assert_allclose(products, count * np.array(weight.params["step"])[:, None], rtol=1e-6)
+
+
+def test_vs_quant_is_better_than_minmax():
     assert quality(tiny_vit(), "w4a4", "vs-quant") > quality(tiny_vit(), "w4a4", "minmax")
 
 
 def test_vectors_grow_where_there_are_too_many():
+    """Parts that are rounded are 127 at most; whole multiples are added up in any number."""
+    asked = Granularities(weight_group=2, input="token")
+    result = fit(tiny_vit(depth=1, ratio=8), "w8a8", VSQuant(vector=2), granularities=asked)
+    assert result.plan[BLOCK + "mlp.fc2.weight"].group_size == 4
+    assert "vectors of 4" in result.plan.notes[BLOCK + "mlp.fc2.weight"]
+    QuantizedModel(run_passes(result.mod, realize_passes(result.plan)), result.plan)
     result = fit(tiny_vit(depth=1, ratio=8), "w8a8", VSQuant(vector=2))
-    assert result.plan[BLOCK + "mlp.fc2.input"].group_size == 4
-    assert "vectors of 4" in result.plan.notes[BLOCK + "mlp.fc2.input"]
+    assert result.plan[BLOCK + "mlp.fc2.input"].group_size == 2
     QuantizedModel(run_passes(result.mod, realize_passes(result.plan)), result.plan)
 
 
@@ -287,7 +296,7 @@ def test_integer_program_follows_the_simulation(recipe, mod):
     [
         (PerEmbeddingGroup(0), "1 or more"),
         (QBert(0), "1 or more"),
-        (VSQuant(scale_bits=1), "2 to 16 bits"),
+        (VSQuant(scale_bits=1), "2 to 15 bits"),
         (RepQViT(target="mode"), "mean, median"),
         (RepQViT(zero="never"), "reserved"),
         (FQViT(attention_bits=9), "bit width"),

@@ -177,6 +177,12 @@ def columns_read(path: tuple[relax.Call, ...], shape: list[int]) -> Array:
     return columns
 
 
+def channels_stay(path: tuple[relax.Call, ...], shape: list[int]) -> bool:
+    """Whether the last axis of a tensor of `shape` is as it was behind `path`."""
+    columns = columns_read(path, shape)
+    return columns.shape[-1] == shape[-1] and bool((columns == np.arange(shape[-1])).all())
+
+
 def positions(path: Iterable[relax.Call], source_shape: list[int]) -> Array:
     """Where each element behind `path` lies in the flat source."""
     index = np.arange(math.prod(source_shape), dtype=np.int64).reshape(source_shape)

@@ -15,6 +15,7 @@ wide    int32, ``|v| <= WIDE_MAX``, in units of a power of two: residual stream 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,6 +134,26 @@ class Partial:
     colsum: Array | None = None
 
 
+@dataclass(frozen=True)
+class Multiples:
+    """Scales inside the sum of a linear layer that are whole multiples of one step per output channel.
+
+    ``acc = bias + sum_g count_g * dot_g`` in int32, with groups of K / G consecutive input channels: nothing
+    is rounded.
+
+    count : int16 [G, N]
+    """
+
+    count: Array
+
+
+def inner_scales(operands: Sequence[Array]) -> Partial | Multiples | None:
+    """What the further operands of an integer linear layer say about scales inside its sum."""
+    if not operands:
+        return None
+    return Multiples(*operands) if len(operands) == 1 else Partial(*operands)
+
+
 def int_linear(
     x: Array,
     weight: Array,
@@ -140,27 +161,31 @@ def int_linear(
     multiplier: Array,
     zero_point: Array | int,
     out: Output,
-    partial: Partial | None = None,
+    inner: Partial | Multiples | None = None,
 ) -> Array:
     """Linear layer on codes.
 
     x : int8 [..., K];  weight : int8 [N, K];  bias : int32 [N] with the zero point of x folded in,
     ``bias_q - zero_x * sum_k weight``;  multiplier : float32 [N] or [1];  zero_point : int32 [N], [1] or a
-    number. Returns [..., N] of ``out.dtype``.
+    number;  inner : scales inside the sum. Returns [..., N] of ``out.dtype``.
     """
-    if partial is None:
+    if inner is None:
         return requantize(integer_matmul(x, weight.T) + bias, multiplier, zero_point, out)
-    groups = partial.multiplier.shape[0]
+    groups = len(inner.count if isinstance(inner, Multiples) else inner.multiplier)
     width = x.shape[-1] // groups
     acc = np.broadcast_to(bias, (*x.shape[:-1], len(bias))).astype(np.int32)
     for g in range(groups):
         part = slice(g * width, (g + 1) * width)
-        dot = integer_matmul(x[..., part], weight[:, part].T) + partial.bias[g]
-        if partial.row_zero_point is not None and partial.colsum is not None:
-            dot = dot - partial.row_zero_point[:, None] * partial.colsum[g]
-        scaled = dot.astype(np.float32) * partial.multiplier[g]
-        if partial.row_multiplier is not None:
-            scaled = scaled * partial.row_multiplier[:, None]
+        dot = integer_matmul(x[..., part], weight[:, part].T)
+        if isinstance(inner, Multiples):
+            acc = acc + inner.count[g].astype(np.int32) * dot
+            continue
+        dot = dot + inner.bias[g]
+        if inner.row_zero_point is not None and inner.colsum is not None:
+            dot = dot - inner.row_zero_point[:, None] * inner.colsum[g]
+        scaled = dot.astype(np.float32) * inner.multiplier[g]
+        if inner.row_multiplier is not None:
+            scaled = scaled * inner.row_multiplier[:, None]
         acc = acc + np.rint(np.clip(scaled, np.float32(-WIDE_MAX), np.float32(WIDE_MAX))).astype(np.int32)
     return requantize(acc, multiplier, zero_point, out)
 

@@ -14,7 +14,7 @@ from tvm import relax
 from tvm_vitq import numerics, numerics_attention, numerics_groups
 from tvm_vitq.errors import VitqError
 from tvm_vitq.graph import Dataflow, data_operands, is_constant, is_movement, movement, value_of
-from tvm_vitq.numerics import Array, Output, Partial
+from tvm_vitq.numerics import Array, Output, inner_scales
 from tvm_vitq.numerics_groups import GroupQuantizers
 from tvm_vitq.ops import attrs, op_name, probabilities_of
 
@@ -34,13 +34,13 @@ def _requantize(a: Attributes, x: Array, multiplier: Array, zero: Array, input_z
     return numerics.int_requantize(x, multiplier, zero, input_zero, _output(a))
 
 
-def _linear(a: Attributes, x: Array, w: Array, bias: Array, m: Array, zero: Array, *partial: Array) -> Array:
+def _linear(a: Attributes, x: Array, w: Array, bias: Array, m: Array, zero: Array, *inner: Array) -> Array:
     if "tokens" in a:
-        low, high, inverse, code_zero, scale = partial
+        low, high, inverse, code_zero, scale = inner
         limits = a["code_min"], a["code_max"]
         quantizers = GroupQuantizers(a["tokens"], low, high, inverse, code_zero, *limits)
         return numerics_groups.int_group_linear(x, w, bias, m, zero, _output(a), quantizers, scale)
-    return numerics.int_linear(x, w, bias, m, zero, _output(a), Partial(*partial) if partial else None)
+    return numerics.int_linear(x, w, bias, m, zero, _output(a), inner_scales(inner))
 
 
 def _layer_norm(a: Attributes, x: Array, gain: Array, offset: Array) -> Array:

@@ -22,6 +22,17 @@ class LayerNormConstants:
     epsilon: int
 
 
+LARGEST_GAIN = 2.0**9
+"""Of outputs with scales for groups of channels. All channels share a shift, which the largest gain limits:
+``|n| 2**-6`` steps at worst, n the normalized value."""
+
+
+def gain_fits(gamma: Array, out: Format) -> bool:
+    """Whether no channel's step is so fine that the gains of the others would have too few bits."""
+    scale, _ = out.broadcast([len(gamma)])
+    return bool(np.abs(gamma / scale).max() <= LARGEST_GAIN)
+
+
 def layer_norm_constants(
     gamma: Array, beta: Array, eps: float, x: Format, out: Format, site: str
 ) -> LayerNormConstants:
@@ -29,7 +40,8 @@ def layer_norm_constants(
     half``.
 
     The shift is the largest for which ``NORM_MAX * |gain| + |offset|`` fits int32, so the gains carry as many
-    bits as there is room for: at least 13 for the widest channel of an 8-bit output.
+    bits as there is room for: at least 13 for the widest channel of an 8-bit output. The output may have
+    scales for groups of channels.
     """
     channels = len(gamma)
     epsilon = max(1, round(channels * eps / float(x.scale) ** 2))
@@ -40,11 +52,12 @@ def layer_norm_constants(
             got=f"{channels} channels, eps {eps:g}",
             expected="at most 8192 channels, and an eps that is small against the variances",
         )
-    slope = np.abs(gamma / out.scale)
-    level = np.abs(beta / out.scale + out.zero_point)
+    scale, zero = out.broadcast([channels])
+    slope = np.abs(gamma / scale)
+    level = np.abs(beta / scale + zero)
     for shift in range(30, 0, -1):
-        gain = np.rint(gamma / out.scale * 2.0 ** (shift - NORM_BITS))
-        offset = np.rint((beta / out.scale + out.zero_point) * 2.0**shift + 2.0 ** (shift - 1))
+        gain = np.rint(gamma / scale * 2.0 ** (shift - NORM_BITS))
+        offset = np.rint((beta / scale + zero) * 2.0**shift + 2.0 ** (shift - 1))
         if (NORM_MAX * np.abs(gain) + np.abs(offset)).max() <= INT32_MAX:
             return LayerNormConstants(gain.astype(np.int32), offset.astype(np.int32), shift, epsilon)
     raise VitqError(

@@ -10,7 +10,7 @@ import numpy as np
 from tvm_vitq.errors import VitqError
 from tvm_vitq.formats import Format, wide_format
 from tvm_vitq.integerize.headroom import linear_bound, require
-from tvm_vitq.numerics import WIDE_MAX, Array, Partial
+from tvm_vitq.numerics import WIDE_MAX, Array, Multiples, Partial
 
 WEIGHT_MAX = 127
 """Largest magnitude of a weight's byte: kernels do without -128."""
@@ -29,7 +29,7 @@ class LinearConstants:
     bias: Array
     multiplier: Array
     zero_point: Array
-    partial: Partial | None
+    inner: Partial | Multiples | None
 
 
 def linear_constants(
@@ -63,12 +63,8 @@ def linear_constants(
     align = 2 ** int(math.log2(WEIGHT_MAX / largest_code)) if plain else 1
     if plain:
         weight_scale = np.maximum(weight_scale, align * _least_unit(bias)[:, None] / x.scale)
-    size = weight.shape[1] // weight_scale.shape[1]
-    numbers = np.broadcast_arrays(weight_scale, *weight_ends)
-    scale, low, high = (np.repeat(v, size, axis=1) for v in numbers)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        codes = np.where(scale > 0, np.rint(weight / scale), 0.0)
-    w = (np.clip(codes, low, high) * align).astype(np.int8)
+    codes, scale = weight_codes(weight, weight_scale, weight_ends)
+    w = (codes * align).astype(np.int8)
     weight_scale = weight_scale / align
     if x.granularity == "channel":
         raise VitqError(
@@ -81,10 +77,9 @@ def linear_constants(
     out_scale = 1.0 if out is None else out.scale
     zero_point = np.zeros(1, np.int32) if out is None else np.atleast_1d(out.zero_point).astype(np.int32)
     if plain:
-        empty = np.maximum(64 * _least_unit(bias), np.broadcast_to(out_scale, bias.shape) * 2.0**-24)
-        unit = np.where(w.any(1), x.scale * weight_scale[:, 0], empty)
+        unit = np.where(w.any(1), x.scale * weight_scale[:, 0], empty_unit(bias, out_scale))
         integer_bias = np.rint(bias / unit) - int(x.zero_point) * w.astype(np.int64).sum(1)
-        _prove(w, integer_bias, x, site)
+        prove(w, integer_bias, x, site)
         multiplier = (unit / out_scale).astype(np.float32)
         return LinearConstants(w, integer_bias.astype(np.int32), multiplier, zero_point, None)
     unit_sum = float(wide_format(largest).scale)
@@ -96,6 +91,20 @@ def linear_constants(
     return LinearConstants(w, integer_bias.astype(np.int32), multiplier, zero_point, partial)
 
 
+def weight_codes(weight: Array, scale: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Codes ``q - zero_point`` of a weight [N, K], and scales [N, G] as [N, K], both float64."""
+    numbers = np.broadcast_arrays(scale, *ends)
+    scale, low, high = (np.repeat(v, weight.shape[1] // scale.shape[1], axis=1) for v in numbers)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.where(scale > 0, np.rint(weight / scale), 0.0)
+    return np.clip(codes, low, high), scale
+
+
+def empty_unit(bias: Array, out_scale: Array | float) -> Array:
+    """The unit of an accumulator that holds nothing but a bias."""
+    return np.maximum(64 * _least_unit(bias), np.broadcast_to(out_scale, bias.shape) * 2.0**-24)
+
+
 def _least_unit(bias: Array) -> Array:
     """The unit of an accumulator below which a bias would take more than a quarter of int32: a power of two.
 
@@ -105,10 +114,15 @@ def _least_unit(bias: Array) -> Array:
     return np.exp2(np.ceil(np.log2(np.maximum(np.abs(bias), 2.0**-100)))) * 2.0**-29
 
 
-def _prove(w: Array, bias: Array, x: Format, site: str) -> None:
+def prove(w: Array, bias: Array, x: Format, site: str) -> None:
+    """VitqError if ``bias + sum_k w x`` could overflow, with or without the offset of codes or the bias."""
     low, high = min(x.qmin, x.qmin + OFFSET_CODES), x.qmax + OFFSET_CODES
     shifted = bias - OFFSET_CODES * w.astype(np.int64).sum(1)
-    bound = max(linear_bound(w, bias, x.qmin, x.qmax), linear_bound(w, shifted, low, high))
+    bound = max(
+        linear_bound(w, bias, x.qmin, x.qmax),
+        linear_bound(w, shifted, low, high),
+        linear_bound(w, np.zeros_like(bias), low, high),
+    )
     require(
         bound, site, "the layer", "use fewer bits for its input or weight, or a wider range for its weight"
     )
