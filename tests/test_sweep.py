@@ -8,7 +8,8 @@ import pytest
 
 from tvm_vitq import sweep as module
 from tvm_vitq.errors import VitqError
-from tvm_vitq.sweep import Result, markdown, read_store, sweep
+from tvm_vitq.sweep import Result, read_store, sweep
+from tvm_vitq.sweep_tables import markdown
 
 ROW = Result(
     "refmodel:vit", "w4a4", "mse", 40, 90.0, 80.0, 82.5, 11.8, 15.0, 95.0, 1.5, 1.01, "1"
@@ -53,5 +54,15 @@ def test_mistakes_are_told_before_the_work(monkeypatch):
 def test_markdown_sorts_by_accuracy():
     better = dataclasses.replace(ROW, recipe="auto", compiled=85.0, latency=None)
     text = markdown([ROW, better])
-    assert text.index("| auto | 85.00 ± 11.80 %") < text.index("| mse | 82.50")
+    assert text.index("| `auto` | 85.00 ± 11.80 ") < text.index("| `mse` | 82.50 ± 11.80 ")
     assert text.count("## refmodel:vit, w4a4") == 1 and "| - |" in text
+
+
+def test_markdown_pools_differences_of_program_and_simulation():
+    rows = [
+        dataclasses.replace(ROW, recipe=name, compiled=80 + difference, paired=0.3)
+        for name, difference in (("mse", 1.0), ("peg", -0.1), ("auto", 0.0))
+    ]
+    text = markdown([*rows, dataclasses.replace(ROW, recipe="erq")])  # of a version without the interval
+    assert "| w4a4 | 3 | +0.30 ± 0.17 | 1 |" in text
+    assert "| +1.00 ± 0.30 |" in text and "| +2.50 |" in text

@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from tvm_vitq import published
 from tvm_vitq.comparison import REFMODEL, float_subject
 from tvm_vitq.datasets import load_dataset
 from tvm_vitq.errors import VitqError
 from tvm_vitq.evaluation import Accuracy, evaluate, sqnr
-from tvm_vitq.render import table
 
 BASELINE = ("w8a8", "minmax")
 """What latencies are relative to."""
@@ -266,58 +264,3 @@ def _append(path: str | os.PathLike[str], row: Result) -> None:
         file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(dataclasses.asdict(row)) + "\n")
-
-
-def text(rows: Sequence[Result]) -> str:
-    """All rows as one table for people."""
-    headers = (
-        "model",
-        "bits",
-        "recipe",
-        "float",
-        "simulation",
-        "compiled",
-        "+-",
-        "agreement",
-        "SQNR dB",
-        "s",
-        "latency",
-    )
-    return table(
-        headers,
-        (
-            (
-                r.model, r.bits, r.recipe, f"{r.float_top1:.2f}", f"{r.simulated:.2f}", f"{r.compiled:.2f}",
-                f"{r.interval:.2f}", f"{r.agreement:.2f}", f"{r.sqnr:.1f}", f"{r.seconds:.1f}",
-                "-" if r.latency is None else f"{r.latency:.2f}",
-            )
-            for r in rows
-        ),
-    )  # fmt: skip
-
-
-def markdown(rows: Sequence[Result]) -> str:
-    """One table a model and width, recipes by accuracy."""
-    parts = []
-    for group in dict.fromkeys((row.model, row.bits) for row in rows):
-        mine = sorted((r for r in rows if (r.model, r.bits) == group), key=lambda r: -r.compiled)
-        first = mine[0]
-        parts.append(
-            f"## {group[0]}, {group[1]}\n\n"
-            f"Float {first.float_top1:.2f} %, {first.images} images.\n\n"
-            "| recipe | compiled | simulation | agreement | SQNR to simulation | calibration | latency |\n"
-            "|---|---|---|---|---|---|---|\n" + "".join(f"| {' | '.join(_cells(row))} |\n" for row in mine)
-        )
-    return "\n".join([*parts, published.markdown()])
-
-
-def _cells(row: Result) -> tuple[str, ...]:
-    return (
-        row.recipe,
-        f"{row.compiled:.2f} ± {row.interval:.2f} %",
-        f"{row.simulated:.2f} %",
-        f"{row.agreement:.2f} %",
-        f"{row.sqnr:.1f} dB",
-        f"{row.seconds:.1f} s",
-        "-" if row.latency is None else f"{row.latency:.2f}",
-    )

@@ -87,7 +87,8 @@ def _sweep(arguments: argparse.Namespace) -> Outcome:
     import dataclasses
 
     from tvm_vitq.files import written_whole
-    from tvm_vitq.sweep import markdown, sweep, text
+    from tvm_vitq.sweep import sweep
+    from tvm_vitq.sweep_tables import markdown, text
 
     rows = list(
         sweep(
