@@ -1,6 +1,8 @@
-"""Fuses what follows a linear layer into it: the function table, or the residual addition.
+"""Fuses what follows a linear layer into it: the function table and the quantizer behind it, or the residual
+addition.
 
 ``int_lookup(int_linear(x), table)  -->  fused_linear(x, ..., table)``
+``int_requantize(fused_linear(x, ..., table))  -->  fused_linear(x, ..., table, multiplier, zero)``
 ``int_add(move(int_linear(x)), residual)  -->  fused_linear(move(x), ..., residual)``
 
 where `move` only reorders rows (reshape, window reverse, roll): a linear layer works row by row, and moving
@@ -17,8 +19,8 @@ import tvm
 from tvm import relax
 from tvm.ir import Call, Expr
 
-from tvm_vitq.graph import data_operands, is_movement, positions, rows_moved
-from tvm_vitq.ops import attrs, call, op_name, shape_of
+from tvm_vitq.graph import data_operands, is_movement, positions, rows_moved, value_of
+from tvm_vitq.ops import attrs, call, dtype_of, op_name, shape_of
 from tvm_vitq.relax_passes.rewriter import Rewriter, constant, is_constant
 
 
@@ -36,12 +38,34 @@ class _Fuser(Rewriter):
                 if linear is not None and not path
                 else None
             )
+        if op_name(node) == "vitq.int_requantize":
+            return self.codes(node)
         if op_name(node) == "vitq.int_add":
             for own, other in (node.args, reversed(node.args)):
                 fused = self.residual(own, other, node, name)
                 if fused is not None:
                     return fused
         return None
+
+    def codes(self, node: Call) -> Expr | None:
+        """The codes of wide function values as the result of the layer that looks those up."""
+        source, multiplier, zero, input_zero = node.args
+        fused, info = self.call_of(source, "vitq.fused_linear"), attrs(node)
+        if fused is None or self.readers(source) > 1 or info.get("kind") == "shift":
+            return None
+        linear, columns = attrs(fused), shape_of(fused)[-1]
+        per_column = all(math.prod(shape_of(v)) in (1, columns) for v in (multiplier, zero))
+        if linear["epilogue"] != "lookup" or "tokens" in linear or not per_column:
+            return None
+        if dtype_of(fused.args[5]) != "int32" or value_of(input_zero).any():
+            return None
+        limits = {f"codes_{name}": info[name] for name in ("qmin", "qmax")}
+        args = [*fused.args[:6], multiplier, zero, *fused.args[6:]]
+        return call(
+            "vitq.fused_linear",
+            args,
+            **{**linear, "epilogue": "codes", "codes_dtype": info["out_dtype"], **limits},
+        )
 
     def residual(self, own: Expr, other: Expr, node: Call, name: str) -> Expr | None:
         """The sum of a layer's moved result `own` and `other` as one operator, if shapes and movements allow

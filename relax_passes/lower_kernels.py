@@ -119,6 +119,7 @@ class _Lowering(Rewriter):
         extra = [rest.pop(4)] if epilogue else []
         if "tokens" in info:
             return self.group_linear(node, info, extra, [value_of(a) for a in rest])
+        codes = [value_of(rest.pop(4)).reshape(-1) for _ in range(2)] if epilogue == "codes" else []
         inner = inner_scales([value_of(a) for a in rest[4:]])
         partial = inner if isinstance(inner, Partial) else None
         out = _output(info)
@@ -128,7 +129,8 @@ class _Lowering(Rewriter):
             n=len(weight),
             k=weight.shape[1],
             out=out,
-            lookup=dtype_of(extra[0]) if epilogue == "lookup" else None,
+            lookup=dtype_of(extra[0]) if epilogue in ("lookup", "codes") else None,
+            codes=Output(*(info[f"codes_{v}"] for v in ("dtype", "qmin", "qmax"))) if codes else None,
             residual=epilogue == "residual",
             zero_point=_kind_of_zero(zero, out),
             groups=0 if inner is None else _groups(inner),
@@ -139,6 +141,7 @@ class _Lowering(Rewriter):
         constants = spec.pack(
             weight, bias, multiplier, zero if zero.size > 1 else int(zero.reshape(-1)[0]), inner
         )
+        constants += spec.pack_codes(*codes) if codes else []
         return self.call_kernel(spec, node, [x, *extra], constants)
 
     def group_linear(

@@ -30,7 +30,7 @@ class DelayedLookup:
         most = body.isa.side_steps(columns, body.spec.most_depth)
         self.size = packing.padded(most * self.per_step, GROUP)
         self.indices = tir.scratch(self.size, "uint16")
-        self.entries = tir.scratch(self.size, body.spec.out_dtype)
+        self.entries = tir.scratch(self.size, body.spec.lookup)
         # What the first product looks up, and rows that a small tile lacks.
         with TB.serial(0, self.size // GROUP) as i:
             tir.store(self.indices, tir.constant(0, "uint16"), i * GROUP)
@@ -63,5 +63,6 @@ class DelayedLookup:
         height = tir.let(rows.large - tir.minimum(tir.maximum(tile - (rows.number_large - 1), 0), 1))
         with TB.serial(0, height) as r:
             for c in range(0, self.columns, GROUP):
-                value = tir.let(tir.load(self.entries, r * self.columns + c))
+                entries = tir.load(self.entries, r * self.columns + c)
+                value = tir.let(self.body.converted(entries, self.column + c))
                 self.body.write(value, row + r, self.column + c, c + GROUP == self.columns)

@@ -25,6 +25,8 @@ class Linear:
     out : conversion of the sums. With `lookup` it is Output("uint16", 0, 4095) and the result is the table's
         entry.
     lookup : dtype of the table (4096 entries, an argument), or None.
+    codes : converts the entries of a table of wide values (numerics.int_requantize), with a multiplier and a
+        zero point per column; None leaves them.
     residual : adds a wide tensor [M, N] with saturation; `out` is then int32.
     zero_point : "none" (0), "scalar" or "vector", how the output's zero point is given.
     groups : K is cut into this many groups with scales of their own (numerics.Partial); 0 for none.
@@ -34,8 +36,8 @@ class Linear:
     tile : tile sizes; None takes the instruction set's default.
 
     Arguments of the kernel, in order: x, weight, bias, multiplier, [zero_point], [count], [group_multiplier,
-    group_bias], [row_multiplier], [row_zero_point, colsum], [table], [residual], out. `pack` returns those
-    from weight to colsum.
+    group_bias], [row_multiplier], [row_zero_point, colsum], [entry_multiplier, entry_zero], [table],
+    [residual], out. `pack` returns those from weight to colsum, `pack_codes` the two behind them.
     """
 
     isa: str
@@ -44,6 +46,7 @@ class Linear:
     k: int
     out: Output
     lookup: str | None = None
+    codes: Output | None = None
     residual: bool = False
     zero_point: str = "none"
     groups: int = 0
@@ -83,7 +86,7 @@ class Linear:
 
     @property
     def out_dtype(self) -> str:
-        return self.lookup or self.out.dtype
+        return self.codes.dtype if self.codes else self.lookup or self.out.dtype
 
     @property
     def staged(self) -> bool:
@@ -94,7 +97,8 @@ class Linear:
     def name(self) -> str:
         """Name of the kernel; equal names are equal functions."""
         epilogue = ["shift"] if self.out.kind == "shift" else []
-        epilogue += ["lut"] if self.lookup else []
+        entries = f"{self.codes.qmin}to{self.codes.qmax}".replace("-", "m") if self.codes else ""
+        epilogue += [f"lut{entries}"] if self.lookup else []
         epilogue += ["add"] if self.residual else []
         weight = "qs8cx" if not self.groups else f"qs8{'m' if self.multiples else 'g'}{self.group_width}"
         left = "qs8" + ("px" if self.row_scales else "") + ("pz" if self.row_zero_points else "")
@@ -124,6 +128,9 @@ class Linear:
         if self.row_zero_points:
             result.append(Argument("row_zero_point", (m,), "int32", "constant"))
             result.append(Argument("colsum", (self.groups, padded), "int32", "constant"))
+        if self.codes:
+            result.append(Argument("entry_multiplier", (padded,), "float32", "constant"))
+            result.append(Argument("entry_zero", (padded,), "int32", "constant"))
         if self.lookup:
             result.append(Argument("table", (4096,), self.lookup, "input"))
         if self.residual:
@@ -169,6 +176,11 @@ class Linear:
                 arrays.append(self._rows(inner.row_zero_point, np.int32))
                 arrays.append(self._groups(inner.colsum, "int32"))
         return arrays
+
+    def pack_codes(self, multiplier: Array, zero_point: Array) -> list[Array]:
+        """Multiplier and zero point of `codes`, [N] or one number each."""
+        given = (multiplier, "float32"), (zero_point, "int32")
+        return [packing.pack_columns(value, self.n, dtype) for value, dtype in given]
 
     def _groups(self, values: Array, dtype: str) -> Array:
         """Constants [G, N] with padded columns."""

@@ -210,13 +210,38 @@ class LinearBody:
                 else:
                     self.write(tir.let(value), row + r, column + c, last=c + GROUP == columns)
         if indices is not None and lookup is None:
-            valid = columns if spec.n % GROUP == 0 else tir.let(tir.minimum(columns, spec.n - column))
-            for r in range(rows):
-                with TB.serial(0, valid) as c:
-                    entry = tir.load(
-                        self.b["table"], tir.cast(tir.load(indices, r * columns + c, 1), "int32", 1), 1
-                    )
-                    tir.store(self.b["out"], entry, [self.first_row + row + r, column + c], 1)
+            self._look_up(indices, row, column, rows, columns)
+
+    def _look_up(self, indices: Expr, row: Expr, column: Expr, rows: int, columns: int) -> None:
+        """Stores the entries of the table at `indices`."""
+        spec, table = self.spec, self.b["table"]
+
+        def entry(at: Expr) -> Expr:
+            return tir.load(table, tir.cast(tir.load(indices, at, 1), "int32", 1), 1)
+
+        if spec.codes:
+            entries = tir.scratch(rows * columns, spec.lookup)
+            with TB.serial(0, rows * columns) as i:
+                tir.store(entries, entry(i), i, 1)
+            for at in range(0, rows * columns, GROUP):
+                r, c = divmod(at, columns)
+                value = self.converted(tir.load(entries, at), column + c)
+                self.write(tir.let(value), row + r, column + c, last=c + GROUP == columns)
+            return
+        valid = columns if spec.n % GROUP == 0 else tir.let(tir.minimum(columns, spec.n - column))
+        for r in range(rows):
+            with TB.serial(0, valid) as c:
+                tir.store(self.b["out"], entry(r * columns + c), [self.first_row + row + r, column + c], 1)
+
+    def converted(self, entries: Expr, column: Expr) -> Expr:
+        """Entries of the table in the type of the result."""
+        codes = self.spec.codes
+        if codes is None:
+            return entries
+        zero = zero_lanes(
+            tir.let(tir.load(self.b["entry_zero"], column)), codes, GROUP, self.isa.saturating_rint
+        )
+        return requantize(entries, tir.load(self.b["entry_multiplier"], column), zero, codes)
 
     def _zero_point(self, column: Expr) -> Expr | None:
         if self.spec.zero_point == "none":

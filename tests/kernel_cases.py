@@ -34,6 +34,21 @@ LINEARS = {
     "lookup_late": ((30, 64, 96), {"out": INDEX, "lookup": "int8", "zero_point": "vector"}),
     "lookup_deep": ((31, 112, 208), {"out": INDEX, "lookup": "int8", "zero_point": "scalar"}),
     "lookup_wide": ((3, 32, 16), {"out": INDEX, "lookup": "int32", "zero_point": "vector"}),
+    "codes": (
+        (30, 64, 96),
+        {"out": INDEX, "lookup": "int32", "codes": Output("int8", -8, 7), "zero_point": "scalar"},
+    ),
+    "codes_tail": (
+        (7, 90, 16),
+        {
+            "out": INDEX,
+            "lookup": "int32",
+            "codes": CODES,
+            "groups": 1,
+            "multiples": True,
+            "zero_point": "scalar",
+        },
+    ),
     "residual": ((10, 50, 96), {"out": WIDE, "residual": True}),
     "groups": ((7, 18, 80), {"out": CODES, "groups": 5, "zero_point": "scalar"}),
     "groups_tail": ((4, 16, 36), {"out": WIDE, "groups": 3, "residual": True}),
@@ -82,11 +97,19 @@ def linear_case(
     expected = nm.int_linear(x, weight, bias, multiplier, zero, options["out"], inner)
     if dtype := options.get("lookup"):
         inputs.append(rng.integers(-128, 128, 4096).astype(dtype))
-        expected = nm.int_lookup(expected, inputs[-1])
+        index = expected
+        expected = nm.int_lookup(index, inputs[-1])
+    packed = spec.pack(weight, bias, multiplier, zero, inner)
+    if codes := options.get("codes"):
+        inputs[-1] = rng.integers(-(2**20), 2**20, 4096).astype(np.int32)
+        expected = nm.int_lookup(index, inputs[-1])
+        conversion = (rng.uniform(1, 200, n) * 2.0**-20).astype(np.float32), rng.integers(-9, 9, n)
+        expected = nm.int_requantize(expected, *conversion, np.int32(0), codes)
+        packed += spec.pack_codes(*conversion)
     if options.get("residual"):
         inputs.append(rng.integers(-nm.WIDE_MAX, nm.WIDE_MAX, (m, n)).astype(np.int32))
         expected = nm.int_add(expected, inputs[-1])
-    return Case(name, spec, inputs, spec.pack(weight, bias, multiplier, zero, inner), expected)
+    return Case(name, spec, inputs, packed, expected)
 
 
 def layer_norm_case(name: str, m: int, c: int, out: Output) -> Case:

@@ -63,6 +63,40 @@ def test_lookup_is_fused_into_the_layer_before_it():
     assert ops.dtype_of(fused["main"].body.blocks[0].bindings[0].var) == "int8"
 
 
+@pytest.mark.parametrize(
+    ("columns", "table", "again", "fuses"),
+    [
+        (8, "int32", False, True),
+        (1, "int32", False, True),
+        (8, "int8", False, False),
+        (8, "int32", True, False),
+    ],
+    ids=["channels", "tensor", "codes_already", "second_reader"],
+)
+def test_codes_of_function_values_are_fused(columns, table, again, fuses):
+    """Function values that nothing but a quantizer reads leave the layer as its codes."""
+    numbers = np.full(columns, 0.5, "float32"), np.arange(columns, dtype="int32"), np.int32(0)
+
+    def emit(b, x):
+        y = b.emit(linear(x, 8, "uint16"))
+        y = b.emit(
+            ops.call("vitq.int_lookup", [y, relax.const(np.zeros(4096, table))], site="act", out_dtype=table)
+        )
+        limits = {"out_dtype": "int8", "qmin": -8, "qmax": 7, "kind": "multiply"}
+        z = b.emit(ops.call("vitq.int_requantize", [y, *(relax.const(v) for v in numbers)], **limits))
+        if not again:
+            return z
+        wide = b.emit(ops.call("vitq.int_requantize", [z, *(relax.const(v) for v in numbers)], **limits))
+        return relax.op.concat([wide, b.emit(relax.op.astype(y, "int8"))], axis=0)
+
+    fused = fuse_epilogues(graph(emit, ("x", (2, 5, 16), "int8")))
+    found = names(fused)
+    assert ("vitq.int_requantize" not in found[:2]) == fuses
+    if fuses:
+        assert found == ["vitq.fused_linear"]
+        assert ops.dtype_of(fused["main"].body.blocks[0].bindings[0].var) == "int8"
+
+
 def test_residual_is_fused_behind_a_reshape():
     def emit(b, x, r):
         y = b.emit(relax.op.reshape(b.emit(linear(x, 8, "int32")), (10, 8)))

@@ -131,7 +131,7 @@ def _fused_linear(node: relax.Call) -> tuple[Shape, str]:
     if info["epilogue"] == "residual":
         _need(math.prod(shape_of(extra)) == math.prod(shape), node, "a residual of the output's size")
         return shape_of(extra), "int32"
-    return shape, dtype_of(extra)
+    return shape, info["codes_dtype"] if info["epilogue"] == "codes" else dtype_of(extra)
 
 
 def _fused_attention(node: relax.Call) -> tuple[Shape, str]:
