@@ -36,7 +36,7 @@ class VSQuant(Recipe):
     =========  ==========================  =========================================================
     5-8 bits   1 .. ``2**scale_bits - 1``  a multiplication for each vector's dot product
     2-4 bits   ``127 / |q - z|`` at most   the weights' bytes hold ``multiple * (q - z)``: a layer as any
-                                           other. About 14 multiples at 4 bits, 31 at 3
+                                           other. About 15 multiples at 4 bits, 31 at 3
     =========  ==========================  =========================================================
 
     Departures: the paper makes the scales of inputs and of weights whole multiples by themselves (4 to 6 bits
