@@ -30,7 +30,7 @@ LAYERS = (
     ("report", "compiler", "api"),
     ("evaluation", "datasets", "artifacts", "deploy_kit", "emulate"),
     ("comparison", "demo", "doctor"),
-    ("published", "sweep"),
+    ("published", "sweep", "sweep_tables"),
     ("cli", "__main__"),
 )
 """Lowest first. A module imports from its own layer and lower ones, also inside functions."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tvm_vitq.calibrate.codebooks import Moments
+from tvm_vitq.calibrate.fit import ACTIVATIONS, by_row
 from tvm_vitq.calibrate.job import Job
+from tvm_vitq.calibrate.samples import record
 from tvm_vitq.calibrate.statistics import Summary
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.quantizers.base import Array
@@ -15,12 +19,38 @@ from tvm_vitq.quantizers.lloyd_max import LloydMax
 ROUNDS = 8
 """Of Lloyd's iteration after each split: the next split disturbs the levels anyway."""
 
+IMAGES = 128
+"""That free levels are fitted to, as far as they are not fitted to all values."""
+
 LAST_ROUNDS = 200
 """At most; steps shrink geometrically, and end when the grid no longer tells levels apart."""
 
 
 def fit_lloyd_max(data: Moments, bits: int, grid: int = GRID) -> SiteQuantizer:
-    """The quantizer of at most 2**bits levels on a grid of `grid` steps between the outermost of them.
+    """The quantizer of at most 2**bits levels on a grid of `grid` steps between the outermost of them."""
+    levels = best_levels(data, bits, grid)
+    low, span = float(levels[0]), max(float(levels[-1] - levels[0]), float(np.finfo(np.float32).tiny))
+    params = {"grid": grid, "shift": -low, "levels": _whole((levels - low) / span, grid)}
+    return SiteQuantizer(bits, [span], [0], LloydMax.name, params=params)
+
+
+def fit_relative(rows: Tensor, bits: int) -> SiteQuantizer:
+    """The quantizer of at most 2**bits levels for values relative to the largest of their row.
+
+    An error of x / max(x) counts by the square of max(x), which it is multiplied by in the end.
+
+    rows : positive, [..., keys]
+    """
+    largest = rows.amax(-1, keepdim=True)
+    data = Moments.of(rows / largest, largest.square().expand_as(rows))
+    params = {"grid": GRID, "levels": _whole(best_levels(data, bits, GRID), GRID)}
+    return SiteQuantizer(
+        bits, [], [], LloydMax.name, granularity="token", axis=-2, dynamic=True, params=params
+    )
+
+
+def best_levels(data: Moments, bits: int, grid: int) -> Array:
+    """At most 2**bits levels, ascending, as precise as `grid` steps between the outermost ask for.
 
     Starts from one level; the cell with the largest squared error is split at its mean until there are
     enough. After each split a few rounds of Lloyd's iteration move every level to the mean of its cell and
@@ -35,22 +65,44 @@ def fit_lloyd_max(data: Moments, bits: int, grid: int = GRID) -> SiteQuantizer:
         if split in (cuts[worst], cuts[worst + 1]):
             break  # all values of the worst cell are equal: nothing is left to gain
         cuts = _lloyd(data, np.insert(cuts, worst + 1, split), ROUNDS, grid)
-    levels = _means(data, _lloyd(data, cuts, LAST_ROUNDS, grid))
-    low, span = float(levels[0]), max(float(levels[-1] - levels[0]), float(np.finfo(np.float32).tiny))
-    whole = np.unique(np.rint((levels - low) / span * grid).astype(int)) if len(levels) > 1 else [0, grid]
-    params = {"grid": grid, "shift": -low, "levels": [int(v) for v in whole]}
-    return SiteQuantizer(bits, [span], [0], LloydMax.name, params=params)
+    return _means(data, _lloyd(data, cuts, LAST_ROUNDS, grid))
 
 
 def free_levels(job: Job, summaries: dict[str, Summary], uniform_from: int) -> None:
-    """Such a quantizer for every output of a scalar function below `uniform_from` bits.
+    """Such quantizers below `uniform_from` bits, for all activations that have one scale.
 
-    The output of GELU has a long tail above and a short one below, which no formula of few parameters fits;
-    its codes come out of a table in any case, so any levels cost the same.
+    Outputs of scalar functions come out of a table in any case, so their levels cost nothing: that of GELU
+    has a long tail above and a short one below, which no formula of few parameters fits. Other inputs, which
+    are near normal, gain less, and take a table of their own. Softmax is quantized relative to its rows: each
+    has a few large probabilities and many small ones, and errors of either count. An error of a channel
+    counts by the squares of the weights that read it.
     """
-    for site, spec in job.fitted_sites("input"):
-        if site.kind and spec.bits < uniform_from and spec.granularity == "tensor":
-            job.quantizers[site.name] = fit_lloyd_max(Moments.of(summaries[site.name]), spec.bits)
+    wanted = {
+        site.name: (site, spec)
+        for site, spec in job.fitted_sites(*ACTIVATIONS, "probs")
+        if spec.bits < uniform_from and (spec.granularity == "tensor" or by_row(site, spec))
+    }
+    if not wanted:
+        return
+    samples = record(job, IMAGES)
+    values: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for name, readers in samples.inputs():
+        importance = torch.stack([reader.weight.square().sum(0) for reader in readers]).sum(0)
+        values[name] = readers[0].x, importance.expand_as(readers[0].x)
+    for layer, sample in samples.attention.items():
+        values |= {f"{layer}.{role}": (getattr(sample, role), None) for role in ("q", "k", "v", "probs")}
+    for name, (site, spec) in job.progress(wanted.items(), "levels"):
+        if by_row(site, spec):
+            job.quantizers[name] = fit_relative(values[name][0], spec.bits)
+        elif site.role != "probs":
+            known = (summaries[name],) if site.kind else values[name]
+            job.quantizers[name] = fit_lloyd_max(Moments.of(*known), spec.bits)
+
+
+def _whole(levels: Array, grid: int) -> list[int]:
+    """Different levels of the grid; two at least, as a quantizer has them."""
+    whole = np.unique(np.rint(levels * grid)).astype(int).tolist()
+    return whole if len(whole) > 1 else [0, grid]
 
 
 def _means(data: Moments, cuts: Array) -> Array:
