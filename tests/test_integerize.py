@@ -12,6 +12,7 @@ from tvm_vitq.errors import VitqError
 from tvm_vitq.formats import (
     WIDE_SMALLEST,
     Format,
+    codebook_format,
     codes_format,
     gate_format,
     index_format,
@@ -26,7 +27,7 @@ from tvm_vitq.integerize.headroom import INT32_MAX, linear_bound, require
 from tvm_vitq.integerize.layer_norm import layer_norm_constants
 from tvm_vitq.integerize.linear import linear_constants
 from tvm_vitq.ops import call, shape_of
-from tvm_vitq.plan import QuantPlan
+from tvm_vitq.plan import QuantPlan, SiteQuantizer
 from tvm_vitq.units import wide_ranges
 
 RNG = np.random.default_rng
@@ -435,3 +436,16 @@ def test_two_blocks_are_refused() -> None:
 def test_scalar_format_is_what_it_says() -> None:
     f = scalar_format("int16", 0.5, 3, -10, 10)
     assert f.encode(np.array([0.0, 0.25, 0.75, 100.0])).tolist() == [3, 3, 5, 10]
+
+
+@pytest.mark.parametrize("role", ["q", "k", "v"])
+def test_attention_refuses_levels_that_count_from_an_offset(role: str) -> None:
+    plain = codes_format(8, [0.02], [128], "tensor")
+    shifted = SiteQuantizer(4, [2.0], [0], "lloyd_max", params={"levels": [0, 100, 255], "shift": 1.0})
+    book = codebook_format(shifted, f"attn.{role}")
+    operands = [book if r == role else plain for r in ("q", "k", "v")]
+    probs = probabilities("softmax", 8, 1 / 255, 4, "attn")
+    with pytest.raises(VitqError, match=rf"offset[\s\S]*attn\.{role}"):
+        attention_constants(
+            *operands, plain, probs, 1 / 255, heads=1, depth=64, keys=4, scale=1.0, site="attn"
+        )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tvm_vitq.calibrate.codebooks import Moments
-from tvm_vitq.calibrate.lloyd_max import fit_lloyd_max
+from tvm_vitq.calibrate.lloyd_max import fit_lloyd_max, fit_relative
 from tvm_vitq.calibrate.searches import mse, quantizer_numbers
 from tvm_vitq.calibrate.statistics import Summary
 from tvm_vitq.errors import VitqError
@@ -55,3 +55,25 @@ def test_malformed_levels(levels):
     site = SiteQuantizer(4, [1.0], [0], "lloyd_max", params={"levels": levels})
     with pytest.raises(VitqError, match="levels"):
         codec_of(site).encode(np.zeros(1, np.float32), site)
+
+
+def relative_error(site, rows):
+    p = rows.numpy()
+    return float(np.square(codec_of(site).round_trip(p, site) - p).mean())
+
+
+def test_relative_levels_find_planted_ones():
+    u = np.array([10, 60, 200, 255]) / 255
+    rows = torch.tensor(np.stack([u * peak for peak in (0.01, 0.3, 0.8)]), dtype=torch.float32)
+    site = fit_relative(rows, 2)
+    assert site.params["levels"] == [10, 60, 200, 255] and site.dynamic and site.scale == []
+    assert fit_relative(torch.ones(2, 7), 3).params["levels"] == [0, 255]
+
+
+@pytest.mark.parametrize(("bits", "share"), [(3, 0.5), (4, 0.5), (6, 0.9)])
+def test_relative_levels_beat_uniform_ones(bits, share):
+    """On softmax of normal scores, 197 keys; at 6 bits the grid of bytes is near."""
+    scores = 2 * torch.randn(4, 3, 50, 197, generator=torch.Generator().manual_seed(1))
+    rows = scores.softmax(-1)
+    uniform = SiteQuantizer(bits, [], [], "row_maximum", granularity="token", axis=-2, dynamic=True)
+    assert relative_error(fit_relative(rows, bits), rows) < share * relative_error(uniform, rows)

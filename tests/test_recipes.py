@@ -210,3 +210,14 @@ def test_plan_of_another_model_is_refused():
 def test_recipes_are_found_by_name_or_given():
     assert find_recipe("mse").name == "mse"
     assert find_recipe(Percentile(fold=False)).parameters()["fold"] is False
+
+
+@pytest.mark.parametrize(("bits", "free"), [("w4a4", True), ("w8a6", True), ("w4a8", False)])
+def test_auto_gives_narrow_inputs_and_softmax_free_levels(bits, free):
+    mod = tiny_vit()
+    plan = fit(mod, bits, "auto-fast").plan
+    roles = {"input", "probs"}
+    sites = [s.name for s in list_sites(mod) if s.role in roles and s.name in plan.sites]
+    image = "patch_embed.proj.input"
+    assert {s.rpartition(".")[2] for s in sites} == roles and plan.sites[image].codec == "uniform"
+    assert all((plan.sites[s].codec == "lloyd_max") == free for s in sites if s != image)

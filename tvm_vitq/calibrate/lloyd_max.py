@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tvm_vitq.calibrate.codebooks import Moments
-from tvm_vitq.calibrate.fit import ACTIVATIONS, by_row
+from tvm_vitq.calibrate.fit import by_row
 from tvm_vitq.calibrate.job import Job
 from tvm_vitq.calibrate.samples import record
 from tvm_vitq.calibrate.statistics import Summary
@@ -21,6 +21,10 @@ ROUNDS = 8
 
 IMAGES = 128
 """That free levels are fitted to, as far as they are not fitted to all values."""
+
+INPUTS = ("input", "tensor")
+"""Role and granularity of the sites of linear layers that can have them: the shift of the levels goes to the
+bias, which attention does not have."""
 
 LAST_ROUNDS = 200
 """At most; steps shrink geometrically, and end when the grid no longer tells levels apart."""
@@ -69,34 +73,32 @@ def best_levels(data: Moments, bits: int, grid: int) -> Array:
 
 
 def free_levels(job: Job, summaries: dict[str, Summary], uniform_from: int) -> None:
-    """Such quantizers below `uniform_from` bits, for all activations that have one scale.
+    """Such quantizers below `uniform_from` bits for softmax and for inputs of linear layers with one scale.
 
     Outputs of scalar functions come out of a table in any case, so their levels cost nothing: that of GELU
-    has a long tail above and a short one below, which no formula of few parameters fits. Other inputs, which
-    are near normal, gain less, and take a table of their own. Softmax is quantized relative to its rows: each
-    has a few large probabilities and many small ones, and errors of either count. An error of a channel
-    counts by the squares of the weights that read it.
+    has a long tail above and a short one below, which no formula of few parameters fits. Other inputs are
+    nearer to normal, gain less, and take a table of their own; an error of a channel counts by the squares of
+    the weights that read it. Softmax is quantized relative to its rows: each has a few large probabilities
+    and many small ones, and errors of either count.
     """
     wanted = {
         site.name: (site, spec)
-        for site, spec in job.fitted_sites(*ACTIVATIONS, "probs")
-        if spec.bits < uniform_from and (spec.granularity == "tensor" or by_row(site, spec))
+        for site, spec in job.fitted_sites("input", "probs")
+        if spec.bits < uniform_from and (by_row(site, spec) or (site.role, spec.granularity) == INPUTS)
     }
     if not wanted:
         return
     samples = record(job, IMAGES)
-    values: dict[str, tuple[Tensor, Tensor | None]] = {}
+    values: dict[str, tuple[Tensor, Tensor]] = {}
     for name, readers in samples.inputs():
         importance = torch.stack([reader.weight.square().sum(0) for reader in readers]).sum(0)
         values[name] = readers[0].x, importance.expand_as(readers[0].x)
-    for layer, sample in samples.attention.items():
-        values |= {f"{layer}.{role}": (getattr(sample, role), None) for role in ("q", "k", "v", "probs")}
     for name, (site, spec) in job.progress(wanted.items(), "levels"):
-        if by_row(site, spec):
-            job.quantizers[name] = fit_relative(values[name][0], spec.bits)
-        elif site.role != "probs":
-            known = (summaries[name],) if site.kind else values[name]
-            job.quantizers[name] = fit_lloyd_max(Moments.of(*known), spec.bits)
+        if site.role == "probs":
+            job.quantizers[name] = fit_relative(samples.attention[site.layer].probs, spec.bits)
+        else:
+            data = Moments.of(summaries[name]) if site.kind else Moments.of(*values[name])
+            job.quantizers[name] = fit_lloyd_max(data, spec.bits)
 
 
 def _whole(levels: Array, grid: int) -> list[int]:

@@ -111,7 +111,20 @@ def attention_constants(
 ) -> AttentionConstants:
     """``score_multiplier = s_q s_k scale log2(e) 2**SCORE_BITS``, ``multiplier = s_p s_v / s_out``, per
     head.
+
+    Raises
+    ------
+    VitqError : an operand counts from an offset, as codebooks with a shift do: nothing in attention's sums
+        takes it; sums that int32 does not hold.
     """
+    for role, operand in (("q", q), ("k", k), ("v", v)):
+        if operand.offset:
+            raise VitqError(
+                "an operand of attention cannot have levels that count from an offset",
+                where=f"{site}.{role}",
+                got=operand.offset,
+                fix="use a uniform quantizer there, or levels whose shift is 0",
+            )
     require(_largest(q) * _largest(k) * depth, site, "q @ k", "use fewer bits or fewer channels per head")
     if probs.kind == "codebook":
         total, fix = largest_total(probs, keys), "use a smaller grid, fewer bits or fewer tokens"

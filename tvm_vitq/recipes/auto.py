@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Auto(Recipe):
-    """Quantizers as in `percentile`, but free levels behind scalar functions (`lloyd_max.free_levels`);
-    probabilities are relative to their row, LayerNorm scales folded.
+    """Quantizers as in `percentile`, LayerNorm scales folded and probabilities relative to their row, but
+    activations of few bits have free levels instead of uniform ones (`lloyd_max.free_levels`).
 
     Every block then trains its weights, biases, LayerNorms and scales on the output of the quantized blocks
     in front of it, against the float block (`calibrate.reconstruct`).
@@ -23,7 +23,7 @@ class Auto(Recipe):
     Parameters
     ----------
     iterations, batch : steps per block, and images per step.
-    uniform_from : bits of an output of GELU from which its levels are uniform.
+    uniform_from : bits of an activation from which its levels are uniform.
     exact_from : if all operands have so many bits, nothing is trained: rounding is no loss any more.
     """
 
