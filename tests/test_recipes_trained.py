@@ -231,6 +231,31 @@ def test_layer_roundings_lower_the_error_on_quantized_inputs():
     assert lower >= len(layers) // 2
 
 
+def test_repquant_resumes(tmp_path):
+    recipe = RepQuant(clipping=20, rounding=20)
+
+    def fitted(work=None):
+        job = dataclasses.replace(job_of(tiny_vit(), "w3a3"), work=work)
+        recipe.fit(job)
+        return job
+
+    whole, kept = fitted(), fitted(tmp_path)
+    files = sorted(tmp_path.iterdir())
+    clipping, rounding = (
+        [f for f in files if f.name.startswith(label)] for label in ("clipping", "rounding")
+    )
+    assert len(clipping) + len(rounding) == len(files) and clipping and rounding
+    for file in (clipping[-1], *rounding[1:]):
+        file.unlink()
+    resumed = fitted(tmp_path)
+    assert resumed.costs["clipping"].iterations == 20
+    assert 0 < resumed.costs["rounding"].iterations < whole.costs["rounding"].iterations
+    for job in (kept, resumed):
+        assert job.quantizers == whole.quantizers and job.ranges == whole.ranges
+        pairs = zip(job.executor.constants.values(), whole.executor.constants.values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
 # Probabilities, ranges of q, k and v ------------------------------------------------------------------------
 
 

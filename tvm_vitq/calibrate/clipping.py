@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tvm_vitq.calibrate.job import Cost, Job
 from tvm_vitq.calibrate.reparameterize import Fold, Range
+from tvm_vitq.calibrate.resume import Fitted, Store
 from tvm_vitq.calibrate.samples import LinearSample, record
 
 CLOSEST = 0.999
@@ -58,21 +59,34 @@ def learn_ranges(
     """Better ranges, by LayerNorm, of those given; a LayerNorm whose error did not fall keeps its own.
 
     The module's linear layers are still those of the float model. Adds to the job's costs.
+
+    label : of this step, names its files in ``job.work``; a LayerNorm found there is not trained again.
+
+    Raises
+    ------
+    VitqError : ``job.work`` holds files of another calibration.
     """
-    began = time.monotonic()
+    began, store = time.monotonic(), Store(job, label, settings, folds)
     samples = record(job, len(job.images), rows=settings.rows)
     bar = job.progress(range(len(folds) * settings.iterations), label)
-    found = {}
-    for fold in folds:
+    found, trained = {}, 0
+    for number, fold in enumerate(folds):
+        known = store.load(number)
+        if known is not None:
+            found[fold.layer] = known.constants["low"], known.constants["high"]
+            bar.update(settings.iterations)
+            continue
         layers = [samples.linear[layer] for site in fold.sites for layer in samples.readers[site]]
         seen = [job.channel_ranges[fold.variables[job.sites[site].variable or ""]] for site in fold.sites]
         lows, highs = zip(*seen, strict=True)
         extremes = torch.stack(lows).amin(0), torch.stack(highs).amax(0)
         seed = zlib.crc32(f"{job.seed} {label} {fold.layer}".encode())
         clipping = _Clipping(extremes, job.specs[fold.sites[0]].bits, layers)
-        found[fold.layer] = clipping.learn(ranges[fold.layer], settings, seed, bar)
+        low, high = found[fold.layer] = clipping.learn(ranges[fold.layer], settings, seed, bar)
+        store.save(number, Fitted({"low": low, "high": high}, {}))
+        trained += settings.iterations
     bar.close()
-    job.costs[label] = Cost(len(folds) * settings.iterations, time.monotonic() - began)
+    job.costs[label] = Cost(trained, time.monotonic() - began)
     return found
 
 

@@ -24,6 +24,7 @@ from tvm_vitq.calibrate.executor import Executor
 from tvm_vitq.calibrate.job import Cost, Job
 from tvm_vitq.calibrate.losses import CHUNK
 from tvm_vitq.calibrate.prefix import Quantized, Taking
+from tvm_vitq.calibrate.resume import Fitted, Store
 from tvm_vitq.calibrate.rounding import AdaRound
 from tvm_vitq.plan import SiteQuantizer
 
@@ -45,28 +46,42 @@ def round_layers(job: Job, units: Sequence[Unit], settings: LayerRounding, label
     Parameters
     ----------
     units : all of `find_units`; every site has its quantizer.
+    label : of this step, names its files in ``job.work``; a unit found there is not rounded again.
+
+    Raises
+    ------
+    VitqError : ``job.work`` holds files of another calibration.
     """
     began, student = time.monotonic(), Executor(job.mod)
+    store = Store(job, label, settings, units)
     changed: dict[str, Tensor] = {}
     quantized = job.images
     layers = sum(f"{layer}.weight" in student.constants for unit in units for layer in unit.layers)
     bar = job.progress(range(layers * settings.iterations), label)
-    for unit in units:
-        for layer in unit.layers:
-            site = f"{layer}.weight"
-            if site not in student.constants:
-                continue
-            with torch.no_grad():
-                moments = _moments(student, unit, layer, job.quantizers, quantized)
-            weight = _rounded(student.constants[site], job.quantizers[site], moments, settings, bar)
-            changed[site] = student.constants[site] = weight
+    trained = 0
+    for number, unit in enumerate(units):
+        mine = {layer: f"{layer}.weight" for layer in unit.layers if f"{layer}.weight" in student.constants}
+        found = store.load(number)
+        if found is None:
+            found = Fitted({}, {})
+            for layer, site in mine.items():
+                with torch.no_grad():
+                    moments = _moments(student, unit, layer, job.quantizers, quantized)
+                weight = _rounded(student.constants[site], job.quantizers[site], moments, settings, bar)
+                found.constants[site] = student.constants[site] = weight
+            store.save(number, found)
+            trained += len(mine) * settings.iterations
+        else:
+            bar.update(len(mine) * settings.iterations)
+        changed |= found.constants
+        student.constants |= found.constants
         hooks = Quantized(job.quantizers)
         with torch.no_grad():
             quantized = student.run_between(unit.start, unit.stop, quantized, hooks, CHUNK)
         hooks.widen(job.ranges)
     bar.close()
     job.replace({name: value.numpy() for name, value in changed.items()})
-    job.costs[label] = Cost(layers * settings.iterations, time.monotonic() - began)
+    job.costs[label] = Cost(trained, time.monotonic() - began)
 
 
 def _moments(

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tvm_vitq.calibrate.blocks import Unit
 from tvm_vitq.calibrate.job import Job
 from tvm_vitq.errors import VitqError
 from tvm_vitq.files import written_whole
@@ -19,7 +18,7 @@ from tvm_vitq.files import written_whole
 
 @dataclass(frozen=True)
 class Fitted:
-    """What training one unit gives: constants by name, scales by site."""
+    """What training one unit gives: constants (or what becomes of them) by name, scales by site."""
 
     constants: dict[str, Tensor]
     scales: dict[str, Tensor]
@@ -28,10 +27,10 @@ class Fitted:
 class Store:
     """Fitted units in ``job.work``, one file each; nothing where that is None.
 
-    `settings` tell by their repr whether a file belongs to the same calibration.
+    `settings` and `units` tell by their repr whether a file belongs to the same calibration.
     """
 
-    def __init__(self, job: Job, label: str, settings: object, units: Sequence[Unit]) -> None:
+    def __init__(self, job: Job, label: str, settings: object, units: Sequence[object]) -> None:
         self.folder, self.label = job.work, label
         if self.folder is None:
             return
