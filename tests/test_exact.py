@@ -70,6 +70,14 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
         lambda g: g.tiny_vit(depth=1, outliers=20.0),
         {"bits": "w4a4", "recipe": ADFQViT(iterations=0)},
     ),
+    "free_levels": (
+        lambda g: g.tiny_vit(depth=1, dim=48, heads=3, image=28, batch=2),
+        {"bits": "w4a4", "recipe": "auto-fast"},
+    ),
+    "instances": (
+        lambda g: g.tiny_vit(depth=1, dim=48, heads=3, image=28),
+        {"bits": "w4a4", "recipe": "igq-vit"},
+    ),
     "heads": (lambda g: g.tiny_vit(depth=1, heads=4), {"granularities": Granularities(heads="head")}),
     "shift": (lambda g: g.tiny_vit(depth=1), {"requantize": "shift"}),
     "log2": (lambda g: g.tiny_vit(depth=3, heads=3, dim=48, bias=True), {"bits": "w8a4", "books": LOG2}),
@@ -118,7 +126,9 @@ def test_host_library_equals_reference(name, target):
     )
 
 
-ARM_MODELS = ["vit", "vit_batch", "gated", "mixer", "groups", "multiples", "shift", "log2"]
+ARM_MODELS = [
+    "vit", "vit_batch", "gated", "mixer", "groups", "multiples", "free_levels", "instances", "shift", "log2",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("isa", ARM_TARGETS)

@@ -13,7 +13,9 @@ from tvm_vitq.calibrate.executor import Executor, Hooks
 from tvm_vitq.calibrate.simulate import FakeQuantize, simulate
 from tvm_vitq.errors import VitqError
 from tvm_vitq.ops import shape_of
+from tvm_vitq.pipeline import realize_passes, run_passes
 from tvm_vitq.plan import QuantPlan
+from tvm_vitq.quantized_model import QuantizedModel
 from tvm_vitq.recipes import RECIPES, find_recipe
 from tvm_vitq.recipes.percentile import Percentile
 from tvm_vitq.relax_passes.sites import bindings, list_sites
@@ -90,6 +92,14 @@ def test_plans_are_complete_and_good(mod, recipe, tmp_path):
     reference = Executor(mod).run(torch.from_numpy(IMAGES)).numpy()
     assert sqnr(reference, logits) > LEAST_SQNR.get(recipe, 25)
     assert plan.recipe == recipe and plan.calibration.count == 16
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_the_integer_program_computes_what_the_simulation_says(recipe):
+    """Up to roundings next to a boundary, which fall either way and are a whole step then."""
+    result = fit(tiny_vit(batch=1, bias=True), "w6a6", quick(recipe))
+    program = QuantizedModel(run_passes(result.mod, realize_passes(result.plan)), result.plan)
+    assert sqnr(simulate(result.mod, result.plan)(IMAGES), program.reference(IMAGES)) > 20
 
 
 def test_same_seed_same_plan():
