@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +67,11 @@ def test_markdown_pools_differences_of_program_and_simulation():
     text = markdown([*rows, dataclasses.replace(ROW, recipe="erq")])  # of a version without the interval
     assert "| w4a4 | 3 | +0.30 ± 0.17 | 1 |" in text
     assert "| +1.00 ± 0.30 |" in text and "| +2.50 |" in text
+
+
+def test_documented_tables_are_those_of_the_kept_rows():
+    """docs/accuracy.jsonl is the store of the sweep; docs/accuracy.md comes from it by --markdown."""
+    docs = Path(__file__).parent.parent / "docs"
+    rows = read_store(docs / "accuracy.jsonl")
+    assert rows and (docs / "accuracy.md").read_text(encoding="utf-8") == markdown(rows)
+    assert len({row.key for row in rows}) == len(rows)

@@ -26,6 +26,8 @@ both choose the same class, SQNR that of all logits. "Calibration" is in seconds
 `minmax` at w8a8 on the same model, both in turns on one thread.
 """
 
+CHANCE = """Over all models and recipes. By chance alone, one row in twenty lies outside its 95 % interval."""
+
 
 def text(rows: Sequence[Result]) -> str:
     """All rows as one table for people."""
@@ -81,7 +83,7 @@ def _agreement(rows: Sequence[Result]) -> str:
             outside = sum(abs(difference) > paired for difference, paired in known)
             lines.append((bits, f"{len(known)}", _signed(mean, interval), f"{outside}"))
     headers = ("bits", "rows", "mean of compiled − simulation", "rows outside their interval")
-    return "## Compiled against simulated\n\n" + _table(headers, lines)
+    return f"## Compiled against simulated\n\n{CHANCE}\n\n" + _table(headers, lines)
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
