@@ -92,7 +92,7 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _best_first(rows: Iterable[Result]) -> list[Result]:
-    return sorted(rows, key=lambda row: -row.compiled)
+    return sorted(rows, key=lambda row: (-row.compiled, row.recipe))
 
 
 def _about(row: Result) -> str:

@@ -32,7 +32,7 @@ from tvm_vitq.calibrate.observe import View, observe
 from tvm_vitq.calibrate.searches import RangeRule, quantizer_numbers
 from tvm_vitq.calibrate.statistics import Summary
 from tvm_vitq.errors import VitqError
-from tvm_vitq.graph import columns_read, data_operands, is_movement
+from tvm_vitq.graph import channels_stay, data_operands, is_movement
 from tvm_vitq.ops import attrs, op_name, shape_of
 from tvm_vitq.plan import SiteQuantizer
 from tvm_vitq.relax_passes.sites import bindings, readers
@@ -99,7 +99,7 @@ def _follow(
     fold: Fold,
 ) -> None:
     """Collect in `fold` what reads `variable`, which the movements `path` made from `origin`."""
-    fold.variables[variable.name] = (variable if _in_place(path, shape_of(origin)) else origin).name
+    fold.variables[variable.name] = (variable if channels_stay(path, shape_of(origin)) else origin).name
     if variable.same_as(result):
         raise _Declined("it is the model's result")
     for binding in reading.get(variable.name, []):
@@ -125,16 +125,8 @@ def _follow(
             raise _Declined(f"{op} reads its output ({binding.var.name})")
 
 
-def _in_place(path: tuple[relax.Call, ...], shape: list[int]) -> bool:
-    """Whether the last axis behind `path` is that of the tensor of `shape` in front of it, in the same
-    order.
-    """
-    columns = columns_read(path, shape)
-    return columns.shape[-1] == shape[-1] and bool((columns == np.arange(shape[-1])).all())
-
-
 def _require_in_place(path: tuple[relax.Call, ...], shape: list[int], variable: str) -> None:
-    if not _in_place(path, shape):
+    if not channels_stay(path, shape):
         raise _Declined(f"its channels are no longer the last axis at {variable}")
 
 
