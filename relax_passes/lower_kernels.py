@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +35,9 @@ from tvm_vitq.targets import TargetProfile
 KERNEL_ATTRIBUTE = "vitq.macs"
 """Function attribute of kernels, which need no further scheduling: multiply-accumulates of one call."""
 
+KERNEL_OPERATORS = ("vitq.int_linear", "vitq.fused_linear", "vitq.int_layer_norm", "vitq.fused_attention")
+"""Operators that become kernels of schedules/."""
+
 OPAQUE = 8
 """TVM's operator pattern that is fused with nothing."""
 
@@ -47,9 +51,34 @@ class Specification(Protocol):
     def kernel(self) -> Kernel: ...
 
 
-def lower_kernels(mod: tvm.IRModule, profile: TargetProfile) -> tvm.IRModule:
+@dataclass(frozen=True)
+class Site:
+    """One call of a kernel.
+
+    spec : the kernel with its default schedule.
+    node : the operator of the integer graph that it computes; None for a kernel that computes a part of one.
+    pack : the constants of the call for this kernel under any schedule.
+    """
+
+    spec: Any
+    node: Call | None
+    pack: Callable[[Any], list[Array]]
+
+
+Choose = Callable[[Site], Specification]
+"""Gives the kernel of a site its schedule."""
+
+
+def default_schedule(site: Site) -> Specification:
+    """The kernel as it is."""
+    return site.spec
+
+
+def lower_kernels(
+    mod: tvm.IRModule, profile: TargetProfile, choose: Choose = default_schedule
+) -> tvm.IRModule:
     """See the module; integer graph to kernel calls."""
-    return _Lowering(profile).module(mod)
+    return _Lowering(profile, choose).module(mod)
 
 
 def _output(info: dict[str, Any]) -> Output:
@@ -59,9 +88,9 @@ def _output(info: dict[str, Any]) -> Output:
 
 
 class _Lowering(Rewriter):
-    def __init__(self, profile: TargetProfile) -> None:
+    def __init__(self, profile: TargetProfile, choose: Choose) -> None:
         super().__init__()
-        self.isa = profile.isa
+        self.isa, self.choose = profile.isa, choose
         self.made: dict[str, tuple[tvm.ir.GlobalVar, Kernel]] = {}
         self.grouped: dict[tuple, tuple[Expr, Expr]] = {}
         self.rules: dict[str, Callable[[Call, dict[str, Any]], Expr]] = {
@@ -81,20 +110,19 @@ class _Lowering(Rewriter):
         rule = self.rules.get(op_name(node))
         return None if rule is None else rule(node, attrs(node))
 
-    def call_kernel(
-        self, spec: Specification, node: Call, tensors: list[Expr], constants: list[Array]
-    ) -> Expr:
+    def call_kernel(self, site: Site, tensors: list[Expr]) -> Expr:
         """A call with inputs in the order of the kernel's arguments; the result has the operator's shape."""
-        return self.shaped(self.result_of(spec, tensors, constants), tuple(shape_of(node)))
+        return self.shaped(self.result_of(site, tensors), tuple(shape_of(site.node)))
 
-    def result_of(self, spec: Specification, tensors: list[Expr], constants: list[Array]) -> Expr:
+    def result_of(self, site: Site, tensors: list[Expr]) -> Expr:
         """As `call_kernel`, with the result as the kernel shapes it."""
+        spec = self.choose(site)
         if spec.name not in self.made:
             kernel = spec.kernel()
             function = kernel.func.with_attr("op_pattern", OPAQUE).with_attr(KERNEL_ATTRIBUTE, kernel.macs)
             self.made[spec.name] = self._block.add_func(function, kernel.name), kernel
         function_name, kernel = self.made[spec.name]
-        waiting = {"input": list(tensors), "constant": [constant(c) for c in constants]}
+        waiting = {"input": list(tensors), "constant": [constant(c) for c in site.pack(spec)]}
         args = []
         for argument in kernel.arguments[:-1]:
             value = waiting[argument.role].pop(0)
@@ -138,11 +166,13 @@ class _Lowering(Rewriter):
             row_scales=partial is not None and partial.row_multiplier is not None,
             row_zero_points=partial is not None and partial.row_zero_point is not None,
         )
-        constants = spec.pack(
-            weight, bias, multiplier, zero if zero.size > 1 else int(zero.reshape(-1)[0]), inner
-        )
-        constants += spec.pack_codes(*codes) if codes else []
-        return self.call_kernel(spec, node, [x, *extra], constants)
+        zeros = zero if zero.size > 1 else int(zero.reshape(-1)[0])
+
+        def pack(spec: Linear) -> list[Array]:
+            constants = spec.pack(weight, bias, multiplier, zeros, inner)
+            return constants + (spec.pack_codes(*codes) if codes else [])
+
+        return self.call_kernel(Site(spec, node, pack), [x, *extra])
 
     def group_linear(
         self, node: Call, info: dict[str, Any], extra: list[Expr], constants: list[Array]
@@ -164,9 +194,12 @@ class _Lowering(Rewriter):
             tokens=quantizers.tokens,
             choices=len(scales),
         )
-        zero = zero if zero.size > 1 else int(zero.reshape(-1)[0])
-        packed = spec.pack_groups(weight, bias, multiplier, zero, scales, quantizers.zero_point)
-        return self.call_kernel(spec, node, [codes, table, *extra], packed)
+        zeros = zero if zero.size > 1 else int(zero.reshape(-1)[0])
+
+        def pack(spec: GroupLinear) -> list[Array]:
+            return spec.pack_groups(weight, bias, multiplier, zeros, scales, quantizers.zero_point)
+
+        return self.call_kernel(Site(spec, node, pack), [codes, table, *extra])
 
     def groups_of(self, x: Expr, quantizers: GroupQuantizers) -> tuple[Expr, Expr]:
         """Table and codes of a wide tensor, made once for all layers that read them."""
@@ -176,16 +209,20 @@ class _Lowering(Rewriter):
             m, k = math.prod(shape_of(x)[:-1]), shape_of(x)[-1]
             sizes = {"m": m, "k": k, "tokens": q.tokens, "groups": len(q.low)}
             spec = GroupTable(self.isa, **sizes)
-            table = self.result_of(spec, [x], spec.pack(q))
-            codes = self.result_of(GroupCodes(self.isa, **sizes, out=q.codes), [x, table], [])
+            table = self.result_of(Site(spec, None, lambda spec: spec.pack(q)), [x])
+            made = GroupCodes(self.isa, **sizes, out=q.codes)
+            codes = self.result_of(Site(made, None, lambda spec: []), [x, table])
             self.grouped[key] = table, codes
         return self.grouped[key]
 
     def layer_norm(self, node: Call, info: dict[str, Any]) -> Expr:
         x, gain, offset = node.args
         spec = LayerNorm(math.prod(shape_of(x)[:-1]), shape_of(x)[-1], _output(info))
-        constants = spec.pack(value_of(gain), value_of(offset), info["shift"], info["epsilon"])
-        return self.call_kernel(spec, node, [x], constants)
+
+        def pack(spec: LayerNorm) -> list[Array]:
+            return spec.pack(value_of(gain), value_of(offset), info["shift"], info["epsilon"])
+
+        return self.call_kernel(Site(spec, node, pack), [x])
 
     def attention(self, node: Call, info: dict[str, Any]) -> Expr:
         batch, heads, queries, width = info["shape"]
@@ -209,8 +246,11 @@ class _Lowering(Rewriter):
             additive=tuple(term.shape[:3] for term in additive),
         )  # fmt: skip
         zeros = (zero_q, zero_k, zero_v, info["zero_point"])
-        constants = spec.pack(score, multiplier, *zeros, additive=tuple(additive))
-        return self.call_kernel(spec, node, sources, constants)
+
+        def pack(spec: Attention) -> list[Array]:
+            return spec.pack(score, multiplier, *zeros, additive=tuple(additive))
+
+        return self.call_kernel(Site(spec, node, pack), sources)
 
     def elementwise(self, node: Call, info: dict[str, Any]) -> Expr:
         tensors, expression = operands(node)

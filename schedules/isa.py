@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tvm_vitq.errors import VitqError, nearest
 from tvm_vitq.schedules import tir
 from tvm_vitq.schedules.requantize import SaturatingRint
-from tvm_vitq.schedules.tir import TB, Expr
+from tvm_vitq.schedules.tir import Expr
 
 Left = Callable[[int, Expr, int], Expr]
 """``left(row, k, n)``: elements k .. k+n-1 of a row of the tile, in `Isa.left_dtype`."""
@@ -37,11 +37,18 @@ class Tile:
 
     rows, columns : the register tile; columns is a multiple of 16.
     block_rows : rows that one task computes for one panel of columns.
+    unroll : iterations of the innermost loop that are written out.
     """
 
     rows: int
     columns: int
     block_rows: int = 192
+    unroll: int = 1
+
+    @property
+    def name(self) -> str:
+        """For names of kernels."""
+        return f"t{self.rows}x{self.columns}x{self.block_rows}x{self.unroll}"
 
 
 class Isa:
@@ -59,6 +66,10 @@ class Isa:
         Depths of one iteration of the innermost loop; packed operands are zero padded to a multiple.
     instruction : str
         Mnemonic of the dot product, as it appears in generated assembly.
+    registers : int
+        Vector registers.
+    unrolls : tuple of int
+        Values of `Tile.unroll` worth trying; other than 1 only where `matmul` takes `unroll`.
     tile : Tile
         The default register tile.
     group_tile : Tile or None
@@ -79,6 +90,8 @@ class Isa:
     step: int
     unit: int
     instruction: str
+    registers: int = 16
+    unrolls: tuple[int, ...] = (1,)
     tile: Tile
     group_tile: Tile | None = None
     has_side: bool = False
@@ -114,19 +127,33 @@ class Isa:
         """Iterations of the innermost loop in one `matmul`."""
         return depth // self.unit
 
+    def register_tiles(self) -> list[tuple[int, int]]:
+        """(rows, columns) of tiles worth trying: the sums, one row of right operands and a left one fit the
+        registers, and are not too few to keep the multipliers busy.
+        """
+        tiles = []
+        for columns in range(16, 8 * self.lanes + 1, 16):
+            vectors = columns // self.lanes
+            for rows in range(1, self.registers):
+                used = (rows + 1) * vectors + 1
+                if self.registers // 2 <= used <= self.registers:
+                    tiles.append((rows, columns))
+        return tiles
+
     def matmul(
         self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str,
-        full_range: bool, side: Side | None = None,
+        full_range: bool, side: Side | None = None, unroll: int = 1,
     ) -> None:  # fmt: skip
         """Emits the register tile ``rows x columns`` of a product over `depth` (a multiple of `unit`).
 
         full_range : right elements may be -128 (attention); weights never are.
+        unroll : see `Tile`.
         """
         vectors = columns // self.lanes
         acc = [[tir.scratch(self.lanes, "int32") for _ in range(vectors)] for _ in range(rows)]
         for buffer in (b for line in acc for b in line):
             tir.store(buffer, tir.constant(0, "int32", self.lanes), 0, self.lanes)
-        with TB.serial(0, depth // self.unit) as block:
+        with tir.loop(depth // self.unit, unroll) as block:
             for k in range(0, self.unit, self.step):
                 base = block * (self.unit * columns) + k * columns
                 loaded = [

@@ -15,6 +15,7 @@ class Avx2(Isa):
     step = 2
     unit = 2
     instruction = "vpmaddwd"
+    unrolls = (1, 2, 4)
     wide_left = True
     tile = Tile(rows=4, columns=16)
     madd = "llvm.x86.avx2.pmadd.wd"

@@ -19,6 +19,8 @@ class Avx512Vnni(Isa):
     step = 4
     unit = 4
     instruction = "vpdpbusd"
+    registers = 32
+    unrolls = (1, 2, 4)
     has_side = True
     permute: str | None = "llvm.x86.avx512.permvar.hi.512"
     tile = Tile(rows=6, columns=64)

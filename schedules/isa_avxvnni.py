@@ -12,6 +12,7 @@ class AvxVnni(Avx512Vnni):
     name = "avxvnni"
     lanes = 8
     permute = None
+    registers = 16
     tile = Tile(rows=6, columns=16)
     group_tile = None
     dot_intrinsic = "llvm.x86.avx512.vpdpbusd.256"

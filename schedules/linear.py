@@ -104,7 +104,7 @@ class Linear:
         left = "qs8" + ("px" if self.row_scales else "") + ("pz" if self.row_zero_points else "")
         zero = {"none": "", "scalar": "z", "vector": "zv"}[self.zero_point]
         clip = "" if self.out_dtype == "float32" else f"{self.out.qmin}to{self.out.qmax}".replace("-", "m")
-        tile = "" if self.tile is None else f"t{self.tile.rows}x{self.tile.columns}x{self.tile.block_rows}"
+        tile = "" if self.tile is None else self.tile.name
         shape = (self.m, self.k, self.n)
         return kernel_name("linear", self.out_dtype, [left, weight], epilogue, shape, clip, zero, tile)
 

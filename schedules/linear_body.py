@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tvm_vitq.numerics import WIDE_MAX
 from tvm_vitq.schedules import packing, tir
@@ -143,10 +143,10 @@ class LinearBody:
         def right(offset: Expr, n: int) -> Expr:
             return tir.load(self.b["weight"], base + offset, n)
 
-        if side is None:
-            self.isa.matmul(rows, columns, depth, left, right, sink, "int8", False)
-        else:
-            self.isa.matmul(rows, columns, depth, left, right, sink, "int8", False, side)
+        options: dict[str, Any] = {} if side is None else {"side": side}
+        if spec.tiles.unroll > 1:
+            options["unroll"] = spec.tiles.unroll
+        self.isa.matmul(rows, columns, depth, left, right, sink, "int8", False, **options)
 
     def _multiples(
         self, sums: Expr, row: Expr, column: Expr, rows: int, columns: int, lookup: DelayedLookup | None

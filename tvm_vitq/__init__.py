@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tvm_vitq.errors import VitqError
 
 if TYPE_CHECKING:
-    from tvm_vitq.api import build, compile, load, quantize
+    from tvm_vitq.api import build, compile, load, quantize, tune
     from tvm_vitq.evaluation import evaluate
     from tvm_vitq.runtime import load_library
 
@@ -20,13 +20,24 @@ __version__ = "0.1.0"
 _HOME = {
     "quantize": "tvm_vitq.api",
     "compile": "tvm_vitq.api",
+    "tune": "tvm_vitq.api",
     "build": "tvm_vitq.api",
     "load": "tvm_vitq.api",
     "load_library": "tvm_vitq.runtime",
     "evaluate": "tvm_vitq.evaluation",
 }
 
-__all__ = ["VitqError", "__version__", "build", "compile", "evaluate", "load", "load_library", "quantize"]
+__all__ = [
+    "VitqError",
+    "__version__",
+    "build",
+    "compile",
+    "evaluate",
+    "load",
+    "load_library",
+    "quantize",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

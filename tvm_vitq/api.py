@@ -1,4 +1,4 @@
-"""The public functions: quantize, compile, build, load."""
+"""The public functions: quantize, compile, build, tune, load."""
 
 from __future__ import annotations
 
@@ -123,12 +123,20 @@ def _refuse_islands(quantized: QuantizedModel) -> None:
     )
 
 
-def compile(quantized: QuantizedModel, target: Any = "llvm") -> Library:
+def compile(
+    quantized: QuantizedModel,
+    target: Any = "llvm",
+    *,
+    tuning_logs: str | os.PathLike[str] | bool | None = None,
+) -> Library:
     """Compile a quantized model to a library for one target.
 
     Parameters
     ----------
     quantized : from `quantize` or `load`.
+    tuning_logs : records of `tune`: a file, a folder of them, or a folder of folders by target. None: those
+        in ``./tuning_logs`` and those of the package, where they are for this target; False: none. The report
+        says of every kernel whether it is tuned. No schedule changes a result.
     target : see tvm_vitq.targets.parse: "llvm" is this machine with all its instructions;
         "llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a76" cross-compiles.
 
@@ -138,15 +146,68 @@ def compile(quantized: QuantizedModel, target: Any = "llvm") -> Library:
     """
     from tvm_vitq.compiler import compile_library
 
-    return compile_library(quantized, target)
+    return compile_library(quantized, target, tuning_logs)
 
 
-def build(model: Any, target: Any = "llvm", **options: Any) -> Library:
+def build(
+    model: Any,
+    target: Any = "llvm",
+    *,
+    tuning_logs: str | os.PathLike[str] | bool | None = None,
+    **options: Any,
+) -> Library:
     """Quantize and compile in one call; `options` are those of `quantize`."""
     from tvm_vitq.targets import parse
+    from tvm_vitq.tuning.apply import find_runs
 
-    parse(target)  # a malformed target is told before the long work
-    return compile(quantize(model, **options), target)
+    find_runs(parse(target), tuning_logs)  # what is malformed is told before the long work
+    return compile(quantize(model, **options), target, tuning_logs=tuning_logs)
+
+
+def tune(
+    quantized: QuantizedModel,
+    target: Any = "llvm",
+    *,
+    trials: int = 64,
+    seconds: float | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
+    runner: str = "local",
+    threads: int = 0,
+    resume: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Search schedules for the kernels of a model, measured on the device that they are for.
+
+    Every candidate's result is compared with numerics.py before its time counts. Records are written as they
+    are found: an interrupted run loses none, and `compile` uses them.
+
+    Parameters
+    ----------
+    quantized : from `quantize` or `load`.
+    target : see `compile`.
+    trials : candidates in all; seconds : end after this time, if that is earlier.
+    work_dir : folder of records; None: ``./tuning_logs``, where `compile` finds them.
+    runner : "local", or "rpc://<host>:<port>/<key>": devices behind a TVM RPC tracker.
+    threads : of the kernels; 0: as the target says, else one per core.
+    resume : go on with an earlier run of the same model, target and threads.
+
+    Returns
+    -------
+    dict : path of the records; per kernel the default's and the best time in seconds, the schedule, and how
+        many candidates were tried and failed.
+
+    Raises
+    ------
+    VitqError : a target that this machine cannot run (local), no tracker or device, records of an earlier
+        run without `resume`.
+    """
+    from tvm_vitq.tuning.run import tune_model
+
+    return tune_model(
+        quantized, target, trials=trials, seconds=seconds, work_dir=work_dir, runner=runner, threads=threads,
+        resume=resume, seed=seed, progress=progress,
+    )  # fmt: skip
 
 
 def load(path: str | os.PathLike[str]) -> QuantizedModel:

@@ -18,19 +18,21 @@ from tvm_vitq.render import kernels_text
 from tvm_vitq.report import assembly, build_report
 from tvm_vitq.runtime import Library
 from tvm_vitq.targets import TargetProfile, parse
+from tvm_vitq.tuning.apply import TunedSchedules, find_runs
 
 PACKAGES = ("tvm-vitq", "apache-tvm", "apache-tvm-ffi", "torch", "timm", "numpy")
 
 
-def compile_library(quantized: QuantizedModel, target: Any) -> Library:
+def compile_library(quantized: QuantizedModel, target: Any, tuning_logs: Any = None) -> Library:
     """See tvm_vitq.compile."""
     profile = parse(target)
+    schedules = TunedSchedules(find_runs(profile, tuning_logs))
     start = time.perf_counter()
     with profile.target:
-        lowered = run_passes(quantized.mod, lower_passes(profile), first=1)
+        lowered = run_passes(quantized.mod, lower_passes(profile, schedules), first=1)
     executable = relax.build(lowered, target=profile.target, relax_pipeline=_after_kernels())
     seconds = time.perf_counter() - start
-    report = build_report(quantized, lowered, executable, profile, seconds)
+    report = build_report(quantized, lowered, executable, profile, seconds, schedules)
     _show(profile, lowered, executable, report)
     info = LibraryInfo(
         model=quantized.name,

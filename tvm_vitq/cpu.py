@@ -75,10 +75,11 @@ KERNEL_NAME: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class HostCpu:
-    """This machine: `arch` ("x86_64" or "aarch64") and the kernel's `flags` of its first core."""
+    """This machine: `arch` ("x86_64" or "aarch64"), the kernel's `flags` of its first core, and its `name`."""
 
     arch: str
     flags: frozenset[str]
+    name: str = ""
 
     @property
     def llvm_features(self) -> frozenset[str]:
@@ -131,5 +132,7 @@ def host() -> HostCpu:
             got=f"{platform.machine()} {platform.system()}",
             fix="give target= explicitly and copy the exported library to a machine that it is for",
         )
-    match = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
-    return HostCpu(arch, frozenset(match.group(1).split() if match else ()))
+    text = cpuinfo.read_text()
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    name = re.search(r"^(?:model name|Model)\s*:\s*(.*)$", text, re.MULTILINE)
+    return HostCpu(arch, frozenset(match[1].split() if match else ()), name[1].strip() if name else arch)

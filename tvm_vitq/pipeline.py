@@ -19,7 +19,7 @@ from tvm_vitq.plan import QuantPlan
 from tvm_vitq.relax_passes.decompose_canonical import decompose_canonical
 from tvm_vitq.relax_passes.fuse_epilogues import fuse_epilogues
 from tvm_vitq.relax_passes.fuse_views import fuse_views
-from tvm_vitq.relax_passes.lower_kernels import lower_kernels
+from tvm_vitq.relax_passes.lower_kernels import Choose, default_schedule, lower_kernels
 from tvm_vitq.relax_passes.realize import realize
 from tvm_vitq.relax_passes.schedule_rest import schedule_rest
 from tvm_vitq.relax_passes.verify import verify
@@ -33,13 +33,13 @@ def realize_passes(plan: QuantPlan) -> list[tuple[str, Pass]]:
     return [("realize", lambda mod: realize(mod, plan))]
 
 
-def lower_passes(profile: TargetProfile) -> list[tuple[str, Pass]]:
-    """From the integer graph to scheduled kernels of one target."""
+def lower_passes(profile: TargetProfile, choose: Choose = default_schedule) -> list[tuple[str, Pass]]:
+    """From the integer graph to kernels of one target, each under the schedule that `choose` gives it."""
     return [
         ("decompose_canonical", decompose_canonical()),  # what realize left in float
         ("fuse_epilogues", fuse_epilogues),
         ("fuse_views", fuse_views),
-        ("lower_kernels", lambda mod: lower_kernels(mod, profile)),
+        ("lower_kernels", lambda mod: lower_kernels(mod, profile, choose)),
         ("decompose", relax.transform.DecomposeOpsForInference()),
         ("legalize", relax.transform.LegalizeOps()),
         (

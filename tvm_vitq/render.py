@@ -90,6 +90,28 @@ def kernels_text(kernels: Sequence[Mapping[str, Any]]) -> str:
     return table(("kernel", "calls", "M MACs", "instruction", "schedule"), rows)
 
 
+def tuning_text(found: Mapping[str, Any]) -> str:
+    """What a tuning run found: times of a call under the default and the best schedule."""
+    rows = []
+    for row in found["kernels"]:
+        default, best = row["default"], row["best"]
+        times = [f"{1e6 * t:.1f}" if t else "-" for t in (default, best)]
+        ratio = f"{best / default:.3f}" if default and best else "-"
+        picked = row["schedule"] or {}
+        text = " ".join(f"{name}={value}" for name, value in picked.items()) if best else "-"
+        rows.append(
+            (row["kernel"], row["calls"], row["trials"], row["failed"], *times, ratio, text or "default")
+        )
+    headers = ("kernel", "calls", "trials", "failed", "default us", "best us", "ratio", "schedule")
+    both = [row for row in found["kernels"] if row["default"] and row["best"]]
+    before, after = (sum(row["calls"] * row[which] for row in both) for which in ("default", "best"))
+    total = {"records": found["path"], "trials": found["trials"]}
+    if both:
+        total["all calls"] = f"{1e3 * before:.3f} ms default, {1e3 * after:.3f} ms tuned"
+    wrong = [f"WRONG RESULT: {w['kernel']} {w['schedule']}: {w['error']}" for w in found["wrong"]]
+    return "\n".join([table(headers, rows), fields(total), *wrong])
+
+
 def plan_text(plan: QuantPlan, site: str | None = None) -> str:
     """A plan: where it came from, then one line per site, of those that match the pattern `site` if it is
     given.

@@ -5,6 +5,7 @@ about it.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import tvm
@@ -14,6 +15,7 @@ from tvm_vitq.macs import count_macs
 from tvm_vitq.ops import op_name
 from tvm_vitq.quantized_model import QuantizedModel
 from tvm_vitq.targets import TargetProfile
+from tvm_vitq.tuning.apply import TunedSchedules
 
 INSTRUCTIONS = (
     "vpdpbusd",
@@ -68,18 +70,21 @@ def build_report(
     executable: Any,
     profile: TargetProfile,
     seconds: float,
+    schedules: TunedSchedules,
 ) -> dict[str, Any]:
     """`quantized_report` and what the compiler did for one target."""
+    report = quantized_report(quantized)
+    report["warnings"] += [f"{kernel}: {note}" for kernel, note in schedules.notes.items()]
     return {
-        **quantized_report(quantized),
+        **report,
         "target": str(profile),
         "isa": profile.isa,
-        "kernels": kernel_table(lowered, executable),
+        "kernels": kernel_table(lowered, executable, schedules.tuned),
         "compile_seconds": round(seconds, 2),
     }
 
 
-def kernel_table(lowered: tvm.IRModule, executable: Any) -> list[dict[str, Any]]:
+def kernel_table(lowered: tvm.IRModule, executable: Any, tuned: Collection[str] = ()) -> list[dict[str, Any]]:
     """Each kernel: name, calls per inference, multiply-accumulates per call, instruction, and how it is
     scheduled.
     """
@@ -100,7 +105,7 @@ def kernel_table(lowered: tvm.IRModule, executable: Any) -> list[dict[str, Any]]
                     "calls": calls[name],
                     "macs": macs,
                     "instruction": found.get(name, "-"),
-                    "schedule": "default",
+                    "schedule": "tuned" if name in tuned else "default",
                 }
             )
     return sorted(table, key=lambda row: -row["macs"] * row["calls"])

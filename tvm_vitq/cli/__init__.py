@@ -18,12 +18,12 @@ from types import ModuleType
 from typing import Any
 
 from tvm_vitq import __version__
-from tvm_vitq.cli import bench, build, demo, doctor, eval, inspect, quantize
+from tvm_vitq.cli import bench, build, demo, doctor, eval, inspect, quantize, tune
 from tvm_vitq.errors import VitqError
 
 VERBS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (demo, doctor, quantize, build, eval, bench, inspect)
+    for module in (demo, doctor, quantize, tune, build, eval, bench, inspect)
 }
 """Verb: module with HELP, add_arguments(parser) and run(arguments) -> Outcome."""
 

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '"llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a76"; `vitq doctor` lists the instruction sets',
     )
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="library to write (.so)")
+    options.add_tuning_logs(parser)
     options.add_quantization(parser)
 
 
@@ -32,11 +33,14 @@ def run(arguments: argparse.Namespace) -> Outcome:
     from tvm_vitq.render import report_text
 
     check_writable(arguments.output)
+    logs = options.tuning_logs(arguments)
     if is_artifact(arguments.model):
         options.refuse_quantization(arguments)
-        library = tvm_vitq.compile(open_model(arguments.model), arguments.target)
+        library = tvm_vitq.compile(open_model(arguments.model), arguments.target, tuning_logs=logs)
     else:
-        library = tvm_vitq.build(arguments.model, arguments.target, **options.quantization(arguments))
+        library = tvm_vitq.build(
+            arguments.model, arguments.target, tuning_logs=logs, **options.quantization(arguments)
+        )
     path = library.export_library(arguments.output)
     data = {**library.report, "output": str(path), "file_bytes": path.stat().st_size}
     return Outcome(data, report_text(data))

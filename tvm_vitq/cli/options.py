@@ -57,6 +57,22 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
     add_drawing(group)
 
 
+def add_tuning_logs(parser: argparse.ArgumentParser) -> None:
+    """--tuning-logs and --no-tuning-logs, as tvm_vitq.compile."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--tuning-logs",
+        metavar="PATH",
+        help="records of `vitq tune`: a file or a folder (default: ./tuning_logs and those of the package)",
+    )
+    group.add_argument("--no-tuning-logs", action="store_true", help="default schedules only")
+
+
+def tuning_logs(arguments: argparse.Namespace) -> str | bool | None:
+    """The argument `tuning_logs` of `tvm_vitq.compile`."""
+    return False if arguments.no_tuning_logs else arguments.tuning_logs
+
+
 def add_drawing(parser: Any) -> None:
     """How many images calibration takes, and by which seed."""
     parser.add_argument(

@@ -1,0 +1,89 @@
+"""Tuned schedules for a build: which records there are, and which kernel gets which."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tvm_vitq.errors import VitqError
+from tvm_vitq.relax_passes.lower_kernels import Site
+from tvm_vitq.schedules.space import scheduled
+from tvm_vitq.targets import TargetProfile
+from tvm_vitq.tuning.records import Record, Run, best, read_run, target_name
+
+FOLDER = "tuning_logs"
+"""Where `tvm_vitq.tune` writes and `tvm_vitq.compile` looks, besides what the package brings along."""
+
+
+def find_runs(profile: TargetProfile, where: str | os.PathLike[str] | bool | None = None) -> list[Run]:
+    """Runs for a target.
+
+    Parameters
+    ----------
+    where : a file of records, a folder of them, or a folder of folders by target. None: ``tuning_logs`` in
+        the working directory and in the package, where there may be none. False: nowhere.
+
+    Raises
+    ------
+    VitqError : a given place does not exist or has nothing for this target; a damaged file.
+    """
+    if where is False:
+        return []
+    name = target_name(profile)
+    if where is None or where is True:
+        places = {Path(FOLDER).resolve(), Path(__file__).resolve().parents[1] / FOLDER, *_mapped()}
+        files = sorted(file for place in places for file in (place / name).glob("*.jsonl"))
+        return [run for run in map(read_run, files) if run.target == name]
+    given = Path(where)
+    if not given.exists():
+        raise VitqError("no such tuning records", where=given, fix="make them with `vitq tune`")
+    if given.is_file():
+        files = [given]
+    else:
+        files = sorted((given / name).glob("*.jsonl")) or sorted(given.glob("*.jsonl"))
+    runs = [read_run(file) for file in files]
+    others = sorted({run.target for run in runs if run.target != name})
+    if others or not runs:
+        raise VitqError(
+            "tuning records of another target" if others else "no tuning records of this target",
+            where=given,
+            got=", ".join(others or sorted(p.name for p in given.iterdir() if p.is_dir())) or "nothing",
+            expected=name,
+            fix="tune for this target, or leave tuning_logs out to build with default schedules",
+        )
+    return runs
+
+
+def _mapped() -> list[Path]:
+    """The records of the package, which an editable install keeps at the top of the repository."""
+    from tvm_vitq import tuning_logs
+
+    return [Path(place).resolve() for place in tuning_logs.__path__]
+
+
+class TunedSchedules:
+    """Chooses for `lower_kernels`: the best record of a kernel, or its default schedule.
+
+    Attributes
+    ----------
+    tuned : names of the kernels, as scheduled, that have a record.
+    notes : kernels whose record could not be used, with the reason.
+    """
+
+    def __init__(self, runs: list[Run]) -> None:
+        self.records: dict[str, Record] = best(record for run in runs for record in run.records)
+        self.tuned: set[str] = set()
+        self.notes: dict[str, str] = {}
+
+    def __call__(self, site: Site) -> Any:
+        record = self.records.get(site.spec.name)
+        if record is None:
+            return site.spec
+        try:
+            spec = site.spec if record.schedule is None else scheduled(site.spec, record.schedule)
+        except VitqError as error:
+            self.notes[site.spec.name] = f"default schedule: {error.what} ({error.got})"
+            return site.spec
+        self.tuned.add(spec.name)
+        return spec

@@ -1,0 +1,103 @@
+"""What runs in processes of its own: building a candidate, and checking and timing it.
+
+Workers import the kernels and TVM, nothing else; they are started once and used for many candidates. A
+candidate that crashes or hangs takes its worker with it, not the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvm_vitq.numerics import Array
+from tvm_vitq.targets import TargetProfile
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where candidates run.
+
+    tracker : (host, port, key) of an RPC tracker; None: this machine.
+    threads : of the kernels' thread pool; 0: one per core.
+    repeat : timings of a candidate;  least_ms : each lasts at least this long, short enough that some of them
+        are not interrupted on a busy machine.
+    """
+
+    tracker: tuple[str, int, str] | None = None
+    threads: int = 0
+    repeat: int = 30
+    least_ms: int = 3
+
+
+def build(spec: Any, profile: TargetProfile, path: str) -> str:
+    """Compiles the kernel into a library at `path`."""
+    import tvm
+
+    from tvm_vitq.linker import link
+
+    kernel = spec.kernel()
+    executable = tvm.compile(tvm.IRModule({kernel.name: kernel.func}), profile.target)
+    executable.export_library(path, fcompile=link)
+    return path
+
+
+def measure(path: str, name: str, operands: list[Array], expected: Array, device: Device) -> list[float]:
+    """Seconds of a call of the kernel `name` in the library at `path`, `Device.repeat` of them.
+
+    Raises
+    ------
+    ValueError : it does not return what is expected, bit for bit.
+    """
+    import tvm
+
+    with _opened(device) as (load, place, pool):
+        library = load(path)
+        arguments = [tvm.runtime.tensor(v, place) for v in operands]
+        result = tvm.runtime.tensor(np.zeros(expected.shape, expected.dtype), place)
+        if device.threads:
+            pool(1, device.threads)
+        library[name](*arguments, result)
+        differ = np.count_nonzero(result.numpy() != expected)
+        if differ:
+            raise ValueError(f"wrong result: {differ} of {expected.size} elements differ from numerics.py")
+        clock = library.time_evaluator(
+            name, place, number=1, repeat=device.repeat, min_repeat_ms=device.least_ms
+        )
+        return [float(seconds) for seconds in clock(*arguments, result).results]
+
+
+@contextlib.contextmanager
+def _opened(device: Device) -> Iterator[tuple[Any, Any, Any]]:
+    """How to load a library there, the device for arrays, and the setter of its thread pool."""
+    import tvm
+    from tvm import rpc
+
+    pool = "runtime.config_threadpool"
+    if device.tracker is None:
+        yield tvm.runtime.load_module, tvm.cpu(), tvm.get_global_func(pool)
+        return
+    host, port, key = device.tracker
+    session = rpc.connect_tracker(host, port).request(key, session_timeout=60)
+
+    def load(path: str) -> Any:
+        session.upload(path)
+        return session.load_module(Path(path).name)
+
+    try:
+        yield load, session.cpu(), session.get_function(pool)
+    finally:
+        session.remove("")  # what was uploaded
+
+
+def start() -> None:
+    """Prepares a worker: imports before the first candidate's time limit runs."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import tvm  # noqa: F401
+
+    from tvm_vitq.schedules import attention, linear  # noqa: F401
