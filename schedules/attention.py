@@ -7,7 +7,7 @@ leave the cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from tvm_vitq.schedules.codebook import Form
 from tvm_vitq.schedules.isa import Isa, Tile, isa
 from tvm_vitq.schedules.kernel import Argument, Kernel, Split, kernel_name
 from tvm_vitq.schedules.packing import GROUP
+from tvm_vitq.schedules.tir import LANES
 
 Array = npt.NDArray
 
@@ -81,8 +82,17 @@ class Attention:
         return isa(self.isa)
 
     @property
+    def staggered(self) -> bool:
+        """Whether the passes over the scores of a tile run inside the product of the tile before it: where
+        the loop has issue slots left, and a register holds as many lanes as a step of them takes.
+        """
+        return self.target.has_side and self.target.lanes == LANES
+
+    @property
     def tiles(self) -> Tile:
-        """The tile sizes in force."""
+        """The tile sizes in force. The passes in the loop need registers, those of one row of sums."""
+        if self.tile is None and self.staggered:
+            return replace(self.target.tile, rows=self.target.tile.rows - 1)
         return self.tile or self.target.tile
 
     @property

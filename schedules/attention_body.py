@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tvm_vitq.numerics import Output
-from tvm_vitq.schedules import packing, probabilities, tir
+from tvm_vitq.schedules import packing, tir
+from tvm_vitq.schedules.attention_panels import (
+    Panels,
+    key_correction,
+    pack_keys,
+    pack_values,
+    value_correction,
+)
 from tvm_vitq.schedules.codebook import Lookup
-from tvm_vitq.schedules.isa import Sink
+from tvm_vitq.schedules.isa import Side
 from tvm_vitq.schedules.kernel import Split
 from tvm_vitq.schedules.packing import GROUP
+from tvm_vitq.schedules.probabilities import passes
 from tvm_vitq.schedules.requantize import requantize, zero_lanes
 from tvm_vitq.schedules.tir import LANES, TB, Expr, pieces
 
@@ -20,28 +29,27 @@ if TYPE_CHECKING:
 WIDE = Output("int32")
 """The limits of numerics.round_multiply."""
 
+FAR = -(2**30)
+"""Score of padding: its distance to any maximum fits int32 and its exponential is 0."""
 
-class Panels:
-    """A right operand packed in the kernel: `columns` columns (padded), cut into panels of a tile each."""
 
-    def __init__(self, buffer: Expr, columns: int, depth: int, tile_columns: int) -> None:
-        self.buffer, self.columns, self.depth = buffer, columns, depth
-        self.split = Split.of(columns // GROUP, tile_columns // GROUP)
+PanelSink = Callable[[int, Expr, Expr, int, bool], None]
+"""As `isa.Sink`; the last argument says whether lanes may be padding: they are the last ones of a panel."""
 
-    def runs(self) -> Iterator[tuple[int, int, int]]:
-        """(first column, number of panels, columns of each) of the wide and then of the narrow panels."""
-        wide = self.split.number_large
-        yield 0, wide, self.split.large * GROUP
-        if wide < self.split.count:
-            yield wide * self.split.large * GROUP, self.split.count - wide, self.split.small * GROUP
 
-    def of_column(self, column: int) -> tuple[int, int, int]:
-        """(offset of the panel, column within it, its width) of a column."""
-        for first, count, width in self.runs():
-            if column < first + count * width:
-                panel = (column - first) // width
-                return (first + panel * width) * self.depth, column - first - panel * width, width
-        raise IndexError(column)
+@dataclass(frozen=True)
+class Operand:
+    """Rows of a left operand in memory, `stride` elements from each other; `depth` of them count."""
+
+    buffer: Expr
+    first: Expr
+    stride: int
+    depth: int
+    source: str
+
+    def load(self, r: int, k: Expr, lanes: int) -> Expr:
+        """Elements of a row of the tile."""
+        return tir.load(self.buffer, (self.first + r) * self.stride + k, lanes)
 
 
 class AttentionBody:
@@ -57,6 +65,9 @@ class AttentionBody:
         self.stride = packing.padded(spec.tk, 2 * LANES)
         # Two bytes of p are one left operand where sums of (p - 2**15) * v fit int32.
         joined = spec.probs.planes == 2 and self.isa.wide_left and spec.tk << 22 < 2**31
+        # Slots of probabilities and their sums that are being written and read.
+        self.new: Expr = 0
+        self.old: Expr = 0
         self.planes, self.left_source = (1, "uint16") if joined else (spec.probs.planes, "uint8")
 
     def emit(self) -> None:
@@ -69,172 +80,180 @@ class AttentionBody:
             self.score_multiplier = tir.let(tir.load(self.b["score_multiplier"], self.head, 1))
             self.zero = [tir.let(tir.load(self.b["zeros"], [i, self.head], 1)) for i in range(5)]
             self.lookup = None if spec.book is None else Lookup(spec.book, self.b, self.isa.permute)
-            self.keys = self._pack_keys()
-            self.values = self._pack_values()
-            self.key_correction = self._key_correction()
-            self.value_correction = self._value_correction(self.isa.offset(self.left_source))
-            self.zero_correction = self._value_correction(self.zero[4]) if spec.probs.zero else None
+            self.keys = pack_keys(self)
+            self.values = pack_values(self)
+            self.key_correction = key_correction(self)
+            self.value_correction = value_correction(self, self.isa.offset(self.left_source))
+            self.zero_correction = value_correction(self, self.zero[4]) if spec.probs.zero else None
             self._allocate()
-            with TB.serial(0, self.chunk.large) as i:
-                tile = tir.let(self.chunk_index * self.chunk.large + i)
-                with tir.when(tile < self.rows.count):
-                    # The last tile overlaps the one before it, so that there is one tile size; rows are
-                    # written twice with the same bytes.
-                    self._tile(tir.let(tir.minimum(tile * self.rows.large, spec.tq - self.rows.large)))
+            self.passes = passes(self)
+            first = tir.let(self.chunk_index * self.chunk.large)
+            self.end = tir.let(tir.minimum(first + self.chunk.large, self.rows.count))
+            with TB.serial(0, self.chunk.large + int(spec.staggered)) as i:
+                tile = tir.let(first + i)
+                if spec.staggered:
+                    with tir.when(tile <= self.end):
+                        self._staggered(i, tile)
+                else:
+                    with tir.when(tile < self.end):
+                        self._tile(self._row(tile))
 
-    def _at(self, view: View, token: Expr, channel: Expr, lanes: int) -> Expr:
+    def _row(self, tile: Expr) -> Expr:
+        """The first row of a tile. The last tile overlaps the one before it, so that there is one tile size;
+        rows are written twice with the same bytes.
+        """
+        return tir.let(tir.minimum(tile * self.rows.large, self.spec.tq - self.rows.large))
+
+    def _tile(self, row: Expr) -> None:
+        self._score(row)
+        for step in self.passes:
+            step.emit()
+        for plane in range(self.planes):
+            self._weigh(plane)
+        self._output(row)
+
+    def _staggered(self, i: Expr, tile: Expr) -> None:
+        """The scores of a tile, and the result of the tile before it; in the products of the latter, the
+        passes over the former.
+        """
+        self.new, self.old = tir.let(i % 2), tir.let(1 - i % 2)
+        active = tir.let(tile < self.end)
+        with tir.when(active):
+            self._score(self._row(tile))
+
+        def first() -> None:
+            for step in self.passes:
+                step.emit()
+
+        def later() -> None:
+            for plane in range(self.planes):
+                if plane >= len(self.passes):
+                    self._weigh(plane)
+                    continue
+                step = self.passes[plane]
+                step.start()
+                iterations = self.values.split.count * (self.pv_depth // self.isa.unit)
+                # Two steps share their constants where sums leave registers for that.
+                at_once = 1 if self.values.split.large * GROUP > 2 * LANES else 2
+                self._weigh(plane, step.spread(iterations, at_once, active))
+                with tir.when(active):
+                    step.end()
+            self._output(self._row(tile - 1))
+            with tir.when(active):
+                for step in self.passes[self.planes :]:
+                    step.emit()
+
+        tir.choose(i == 0, first, later)
+
+    def _weigh(self, plane: int, side: Side | None = None) -> None:
+        """Sums of values weighted with one byte of the probabilities."""
+        columns, rows = self.out_columns, self.rows.large
+
+        def sink(r: int, column: Expr, value: Expr, lanes: int, _: bool) -> None:
+            tir.store(self.sums, value, (plane * rows + r) * columns + column, lanes)
+
+        first = (self.old * self.planes + plane) * rows
+        operand = Operand(self.probs, first, self.stride, self.pv_depth, self.left_source)
+        self._product(operand, self.values, sink, side)
+
+    def at(self, view: View, token: Expr, channel: Expr, lanes: int) -> Expr:
         """`lanes` channels of a token of q, k or v."""
         row = self.image * view.rows + view.row + token
         column = self.head * view.head_stride + view.column + channel
         return tir.load(self.b[f"source{view.source}"], [row, column], lanes)
 
-    def _pack_keys(self) -> Panels:
-        """[depth / step][columns][step] of k: words of `step` channels move. Padding stays undefined."""
-        spec, step = self.spec, self.isa.step
-        panels = Panels(
-            tir.scratch(spec.score_columns * self.qk_depth, "int8"),
-            spec.score_columns, self.qk_depth, spec.tiles.columns,
-        )  # fmt: skip
-        whole = spec.d // step
-
-        def word(destination: Expr, token: Expr, width: int) -> None:
-            with TB.serial(0, whole) as k:
-                tir.store(
-                    panels.buffer,
-                    self._at(spec.k, token, k * step, step),
-                    destination + k * width * step,
-                    step,
-                )
-            for k in range(whole, self.qk_depth // step):
-                for i in range(step):
-                    inside = k * step + i < spec.d
-                    value = self._at(spec.k, token, k * step + i, 1) if inside else tir.constant(0, "int8", 1)
-                    tir.store(panels.buffer, value, destination + k * width * step + i, 1)
-
-        for first, count, width in panels.runs():
-            tokens = min(count * width, spec.tk - first)
-            with TB.serial(0, tokens) as t:
-                panel = tir.let(t // width)
-                column = t - panel * width
-                word(tir.let((first + panel * width) * self.qk_depth + column * step), first + t, width)
-        return panels
-
-    def _pack_values(self) -> Panels:
-        """[depth / step][columns][step] of v: `step` tokens interleave. Padding channels stay undefined."""
-        spec, step = self.spec, self.isa.step
-        panels = Panels(
-            tir.scratch(self.out_columns * self.pv_depth, "int8"),
-            self.out_columns,
-            self.pv_depth,
-            spec.tiles.columns,
-        )
-
-        def interleave(k: Expr, present: int) -> None:
-            for start, count, lanes in pieces(spec.dv):
-                for channel in range(start, start + count * lanes, lanes):
-                    tokens = [self._at(spec.v, k * step + i, channel, lanes) for i in range(present)]
-                    tokens += [tir.constant(0, "int8", lanes)] * (step - present)
-                    base, column, width = panels.of_column(channel)
-                    offset = base + k * (width * step) + column * step
-                    tir.store(panels.buffer, tir.interleave(tokens, lanes), offset, lanes * step)
-
-        whole, rest = divmod(spec.tk, step)
-        with TB.serial(0, whole) as k:
-            interleave(k, step)
-        for k in range(whole, self.pv_depth // step):
-            interleave(k, rest if k == whole else 0)
-        return panels
-
-    def _column_sums(self, panels: Panels, source: str) -> Expr:
-        """int32 sums over depth of every packed column: a row of ones times the operand."""
-        sums = tir.scratch(panels.columns, "int32")
-        ones = self.isa.left_dtype(source)
-        for first, count, width in panels.runs():
-            with TB.serial(0, count) as panel:
-                column = tir.let(first + panel * width)
-                self.isa.matmul(
-                    1, width, panels.depth,
-                    lambda r, k, n: tir.constant(1, ones, n),
-                    lambda offset, n, column=column: tir.load(panels.buffer, column * panels.depth + offset,
-                    n), lambda r, c, value, n, column=column: tir.store(sums, value, column + c, n), source,
-                    True,
-                )  # fmt: skip
-        return sums
-
-    def _key_correction(self) -> Expr:
-        """``-(zero_q + offset) * sum_i k[t, i]``, which every score of key t needs."""
-        sums = self._column_sums(self.keys, "int8")
-        factor = tir.let(tir.splat(tir.constant(-self.isa.offset("int8"), "int32", 1) - self.zero[0]))
-        with TB.serial(0, self.spec.score_columns // LANES) as i:
-            tir.store(sums, tir.load(sums, i * LANES) * factor, i * LANES)
-        return sums
-
-    def _value_correction(self, offset: Expr | int) -> Expr | None:
-        """``-offset * sum_t v[t, c]``, for probabilities that are too large by an offset."""
-        if isinstance(offset, int) and offset == 0:
-            return None
-        sums = self._column_sums(self.values, "uint8")
-        factor = tir.let(tir.splat(tir.constant(0, "int32", 1) - offset))
-        for c in range(0, self.out_columns, LANES):
-            tir.store(sums, tir.load(sums, c) * factor, c)
-        return sums
-
     def _allocate(self) -> None:
-        rows, columns = self.rows.large, self.stride
+        spec, rows, columns = self.spec, self.rows.large, self.stride
         self.query = tir.scratch(rows * self.qk_depth, self.isa.left_dtype("int8"))
+        self.query_term = tir.scratch(rows, "int32")
         self.scores = tir.scratch(rows * columns, "int32")
-        self.exponentials = tir.scratch(rows * columns, "uint16")
-        planes = self.planes
-        self.probs = tir.scratch(planes * rows * columns, self.isa.left_dtype("uint8"))
-        self.sums = tir.scratch(planes * rows * self.out_columns, "int32")
-        self.row_term = tir.scratch(rows, "int32")
-        self.row_scale = tir.scratch(rows, "float32")
+        for r in range(rows):
+            for column in range(spec.score_columns, columns, LANES):
+                tir.store(self.scores, tir.constant(FAR, "int32"), r * columns + column)
+        self.limit = tir.scratch(spec.score_columns, "int32")
+        for column in range(0, spec.score_columns, LANES):
+            most = tir.constant(2**31 - 1, "int32")
+            most = tir.first_lanes(most, min(LANES, spec.tk - column), FAR)
+            tir.store(self.limit, most, column)
+        self.tops = [tir.scratch(self.isa.lanes, "int32") for _ in range(rows)]
+        self.highest, self.factors = tir.scratch(rows, "int32"), tir.scratch(rows, "int32")
+        if spec.probs.kind == "softmax":
+            self.exponentials = tir.scratch(rows * columns, "uint16")
+        slots = 1 + int(spec.staggered)
+        self.probs = tir.scratch(slots * self.planes * rows * columns, self.isa.left_dtype("uint8"))
+        self.sums = tir.scratch(self.planes * rows * self.out_columns, "int32")
+        self.row_term = tir.scratch(slots * rows, "int32")
+        self.row_scale = tir.scratch(slots * rows, "float32")
 
-    def _tile(self, row: Expr) -> None:
+    def store_probs(self, planes: list[Expr], at: Expr) -> None:
+        """Stores vectors of uint16 probabilities, or the bytes of them, as left operands."""
+        lanes = 2 * LANES
+        for plane, value in enumerate(planes):
+            value = tir.cast(value, self.left_source, lanes)
+            left = self.isa.convert_left(value, self.left_source, lanes)
+            row = (self.new * self.planes + plane) * self.rows.large
+            tir.store(self.probs, left, row * self.stride + at, lanes)
+
+    def _score(self, row: Expr) -> None:
+        """Base-2 scores of the tile, and the largest of each row."""
         self._stage_query(row)
-        self._product(self.query, self.qk_depth, self.qk_depth, self.keys, self._scores(row), "int8")
-        probabilities.emit(self)
-        columns = self.out_columns
-        for plane in range(self.planes):
-            first = plane * self.rows.large
-            self._product(
-                self.probs, self.stride, self.pv_depth, self.values,
-                lambda r, c, value, n, first=first: tir.store(self.sums, value, (first + r) * columns + c, n),
-                self.left_source, first,
-            )  # fmt: skip
-        self._output(row, self.rows.large)
+        lanes = self.isa.lanes
+        for top in self.tops:
+            tir.store(top, tir.constant(FAR, "int32", lanes), 0, lanes)
+        query = Operand(self.query, 0, self.qk_depth, self.qk_depth, "int8")
+        self._product(query, self.keys, self._scores(row))
+        for r, top in enumerate(self.tops):
+            highest = tir.intrinsic("llvm.vector.reduce.smax", "int32", tir.load(top, 0, lanes))
+            tir.store(self.highest, highest, r, 1)
 
-    def _scores(self, row: Expr) -> Sink:
+    def _scores(self, row: Expr) -> PanelSink:
         """Sums of products become base-2 scores on their way out of the registers."""
         multiplier = {n: tir.let(tir.splat(self.score_multiplier, n)) for n in {self.isa.lanes, LANES}}
 
-        def sink(r: int, column: Expr, value: Expr, lanes: int) -> None:
+        def sink(r: int, column: Expr, value: Expr, lanes: int, last: bool) -> None:
             value = value + tir.load(self.key_correction, column, lanes)
-            value = value + tir.splat(tir.load(self.row_term, r, 1), lanes)
+            value = value + tir.splat(tir.load(self.query_term, r, 1), lanes)
             zero = zero_lanes(None, WIDE, lanes, self.isa.saturating_rint)
             value = requantize(value, multiplier[lanes], zero, WIDE, lanes)
             for i, (images, heads, rows) in enumerate(self.spec.additive):
                 image = 0 if images == 1 else TB.floormod(self.image, images)
                 where = [image, 0 if heads == 1 else self.head, 0 if rows == 1 else row + r, column]
                 value = value + tir.load(self.b[f"additive{i}"], where, lanes)
+            if last and self.spec.tk % GROUP:
+                value = tir.minimum(value, tir.load(self.limit, column, lanes))
+            value = tir.let(value)
             tir.store(self.scores, value, r * self.stride + column, lanes)
+            if self.spec.probs.kind != "sigmoid":
+                tir.store(self.tops[r], tir.maximum(tir.load(self.tops[r], 0, lanes), value), 0, lanes)
 
         return sink
 
-    def _product(
-        self, left: Expr, stride: int, depth: int, panels: Panels, sink: Sink, source: str, start: int = 0
-    ) -> None:
-        """Rows of left from `start` on @ panels; the columns given to `sink` count from the first panel."""
+    def _product(self, left: Operand, panels: Panels, sink: PanelSink, side: Side | None = None) -> None:
+        """left @ panels; the columns given to `sink` and the iterations given to `side` count from the first
+        panel.
+        """
+        panels_before = 0
         for first, count, width in panels.runs():
             with TB.serial(0, count) as panel:
                 column = tir.let(first + panel * width)
+                extra: list[Side] = []
+                if side is not None:
+                    before = tir.let((panel + panels_before) * (left.depth // self.isa.unit))
+                    extra = [lambda i, before=before, side=side: side(before + i)]
+
+                def write(
+                    r: int, c: Expr, value: Expr, n: int, column: Expr = column, width: int = width
+                ) -> None:
+                    sink(r, column + c, value, n, not isinstance(c, int) or c + n > width - GROUP)
+
                 self.isa.matmul(
-                    self.rows.large, width, depth,
-                    lambda r, k, n: tir.load(left, (start + r) * stride + k, n),
-                    lambda offset, n, column=column: tir.load(panels.buffer, column * depth + offset, n),
-                    lambda r, c, value, n, column=column: sink(r, column + c, value, n),
-                    source, True,
+                    self.rows.large, width, left.depth, left.load,
+                    lambda offset, n, column=column: tir.load(
+                        panels.buffer, column * left.depth + offset, n
+                    ),
+                    write, left.source, True, *extra,
                 )  # fmt: skip
+            panels_before += count
 
     def _stage_query(self, row: Expr) -> None:
         """The query rows as left operand, and ``zero_k * (d * zero_q - sum_i q[t, i])`` of each."""
@@ -245,7 +264,7 @@ class AttentionBody:
             for start, count, lanes in pieces(spec.d):
                 with TB.serial(0, count) as i:
                     at = start + i * lanes
-                    value = tir.let(self._at(spec.q, row + r, at, lanes))
+                    value = tir.let(self.at(spec.q, row + r, at, lanes))
                     tir.store(self.query, self.isa.convert_left(value, "int8", lanes), r * depth + at, lanes)
                     old = tir.load(total, 0, lanes)
                     tir.store(total, old + tir.cast(value, "int32", lanes), 0, lanes)
@@ -253,7 +272,7 @@ class AttentionBody:
                 zero = self.isa.convert_left(tir.constant(0, "int8", 1), "int8", 1)
                 tir.store(self.query, zero, r * depth + i, 1)
             q_sum = tir.intrinsic("llvm.vector.reduce.add", "int32", tir.load(total, 0))
-            tir.store(self.row_term, self.zero[1] * (self.zero[0] * spec.d - q_sum), r, 1)
+            tir.store(self.query_term, self.zero[1] * (self.zero[0] * spec.d - q_sum), r, 1)
 
     def _lanes(self, value: Expr, lanes: int) -> Expr:
         return tir.let(tir.splat(value, lanes) if lanes > 1 else value)
@@ -268,17 +287,17 @@ class AttentionBody:
             total = value if total is None else (total << tir.constant(8, "int32", lanes)) + value
         return total
 
-    def _output(self, row: Expr, rows: int) -> None:
+    def _output(self, row: Expr) -> None:
         """Requantizes the tile and stores it at its place in [batch * tq, heads * dv]."""
-        spec, out = self.spec, self.spec.out
+        spec, out, rows = self.spec, self.spec.out, self.rows.large
         for start, count, lanes in pieces(spec.dv):
             zero_point = tir.let(tir.splat(self.zero[3], lanes) if lanes > 1 else self.zero[3])
             zero = zero_lanes(zero_point, out, lanes, self.isa.saturating_rint)
             scale = self._lanes(self.multiplier, lanes)
             with TB.serial(0, rows) as r:
                 if spec.probs.by_row:
-                    scale = self._lanes(tir.load(self.row_scale, r, 1), lanes)
-                term = self._lanes(tir.load(self.row_term, r, 1), lanes)
+                    scale = self._lanes(tir.load(self.row_scale, self.old * rows + r, 1), lanes)
+                term = self._lanes(tir.load(self.row_term, self.old * rows + r, 1), lanes)
                 for c in range(start, start + count * lanes, lanes):
                     value = self._sum(r, c, lanes) + term
                     if self.zero_correction is not None:

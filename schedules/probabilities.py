@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tvm_vitq.numerics_attention import (
@@ -17,107 +16,142 @@ from tvm_vitq.numerics_attention import (
 )
 from tvm_vitq.schedules import tir
 from tvm_vitq.schedules.codebook import HALF
+from tvm_vitq.schedules.score_passes import WIDTH, Pass
 from tvm_vitq.schedules.tir import LANES, TB, Expr
 
 if TYPE_CHECKING:
     from tvm_vitq.schedules.attention_body import AttentionBody
 
-FAR = -(2**30)
-"""Score of padding: its distance to any maximum fits int32 and its exponential is 0."""
 
-
-def emit(body: AttentionBody) -> None:
-    """Turns body.scores into body.probs, and body.row_term into -zero_v times the sum of probabilities; of
-    those relative to their row also body.row_scale into the multiplier of the head over that sum.
-
-    Each step runs over all rows of the tile before the next one starts, so that the reductions and the
-    division at the end of a row overlap with the work on the next.
+def passes(body: AttentionBody) -> list[Pass]:
+    """The passes that turn body.scores, with their maxima in body.highest, into body.probs, body.row_term
+    (-zero_v times the sum of probabilities) and body.row_scale (for probabilities relative to their row: the
+    multiplier of the head over that sum).
     """
     probs = body.spec.probs
-    if probs.kind == "sigmoid":
-        _rows(body, lambda r: _sigmoid(body, r))
-        return
-    highest, factors = (tir.scratch(body.rows.large, "int32") for _ in range(2))
-    _rows(body, lambda r: _maximum(body, r, highest))
-    if not (probs.kind == "codebook" and probs.relative):
-        _rows(body, lambda r: _exponentials(body, r, highest, factors))
-    if probs.kind == "codebook":
-        _rows(body, lambda r: _look_up(body, r, highest, factors))
-    else:
-        _rows(body, lambda r: _quantize(body, r, factors))
+    kinds: dict[str, list[type[Pass]]] = {
+        "sigmoid": [Sigmoid],
+        "row_maximum": [RowMaximum],
+        "softmax": [Exponentials, Quantize],
+        "codebook": [LookUp] if probs.relative else [LogSum, LookUp],
+    }
+    return [kind(body) for kind in kinds[probs.kind]]
 
 
-def _rows(body: AttentionBody, step: Callable[[Expr], None]) -> None:
-    with TB.serial(0, body.rows.large) as r:
-        step(r)
+def exp2_fraction(d: Expr) -> Expr:
+    """``2**(EXP_BITS - f)`` of the fraction f of WIDTH distances, of which `d` is the low halves.
 
-
-def _vectors(body: AttentionBody, step: Callable[[Expr, int], None]) -> None:
-    """Runs step(first column, valid lanes) over a row: whole vectors in a loop, then the partly valid one."""
-    whole, rest = divmod(body.spec.tk, LANES)
-    if whole:
-        with TB.serial(0, whole) as i:
-            step(tir.let(i * LANES), LANES)
-    if rest:
-        step(whole * LANES, rest)
-
-
-def _maximum(body: AttentionBody, r: Expr, highest: Expr) -> None:
-    """The largest score of a row; what lies beyond the last key is set to FAR."""
-    top = tir.scratch(LANES, "int32")
-    tir.store(top, tir.constant(FAR, "int32"), 0)
-    row = tir.let(r * body.stride)
-
-    def step(column: Expr, valid: int) -> None:
-        value = tir.load(body.scores, row + column)
-        if valid < LANES:
-            value = tir.let(tir.first_lanes(value, valid, FAR))
-            tir.store(body.scores, value, row + column)
-        tir.store(top, tir.maximum(tir.load(top, 0), value), 0)
-
-    _vectors(body, step)
-    for column in range(body.spec.score_columns, body.stride, LANES):
-        tir.store(body.scores, tir.constant(FAR, "int32"), row + column)
-    tir.store(highest, tir.intrinsic("llvm.vector.reduce.smax", "int32", tir.load(top, 0)), r, 1)
-
-
-def _exponentials(body: AttentionBody, r: Expr, highest: Expr, factors: Expr) -> None:
-    """int_exp2 of a row, without its guard bits, and what its sum (with them) gives: the factor of softmax,
-    the logarithm for a codebook, which needs no more.
-
-    The cubic runs in 16 bits, on 32 lanes: ``(f * x) >> SCORE_BITS`` is the high half of ``(f << 16 -
-    SCORE_BITS) * x``. With its result c in the high half of a word, ``w = (c << 16) >> n`` holds both ``c >>
-    n`` (its high half) and ``(c << guard) >> n = w >> (16 - guard)``.
+    The cubic runs in 16 bits: ``(f * x) >> SCORE_BITS`` is the high half of ``(f << 16 - SCORE_BITS) * x``.
     """
-    probs = body.spec.probs
-    summed = probs.kind != "row_maximum"
-    total = tir.scratch(LANES, "uint32")
-    tir.store(total, tir.constant(0, "uint32"), 0)
-    top = tir.let(tir.splat(tir.load(highest, r, 1)))
-    c0, c1, c2, c3 = (tir.constant(c, "uint16", 2 * LANES) for c in EXP2_COEFFICIENTS)
-    spare = tir.constant(16 - SCORE_BITS, "uint16", 2 * LANES)
-    bits, most, rest = tir.constant(SCORE_BITS, "int32"), tir.constant(31, "int32"), 16 - probs.guard
-    with TB.serial(0, body.stride // (2 * LANES)) as i:
-        at = tir.let(r * body.stride + i * (2 * LANES))
-        d = [tir.let(top - tir.load(body.scores, at + half)) for half in (0, LANES)]
-        f = tir.let(tir.halves(d, high=False) << spare)
-        e = tir.let(c2 - tir.multiply_high(f, c3, 2 * LANES))
-        e = tir.let(c1 - tir.multiply_high(f, e, 2 * LANES))
-        e = tir.let(c0 - tir.multiply_high(f, e, 2 * LANES))
-        n = [tir.cast(tir.minimum(v >> bits, most), "uint32") for v in d]
-        words = [tir.let(word >> shift) for word, shift in zip(tir.high_words(e), n, strict=True)]
-        if probs.kind != "codebook":
-            tir.store(body.exponentials, tir.halves(words, high=True), at, 2 * LANES)
-        for word in words if summed else []:
-            tir.store(total, tir.load(total, 0) + (word >> tir.constant(rest, "uint32")), 0)
-    if summed:
-        row_sum = tir.let(tir.cast(tir.add_lanes(tir.load(total, 0), "uint32"), "int32", 1))
-        tir.store(factors, (_factor if probs.kind == "softmax" else _log_sum)(probs, row_sum), r, 1)
+    c0, c1, c2, c3 = (tir.constant(c, "uint16", WIDTH) for c in EXP2_COEFFICIENTS)
+    f = tir.let(d << tir.constant(16 - SCORE_BITS, "uint16", WIDTH))
+    e = tir.let(c2 - tir.multiply_high(f, c3, WIDTH))
+    e = tir.let(c1 - tir.multiply_high(f, e, WIDTH))
+    return tir.let(c0 - tir.multiply_high(f, e, WIDTH))
 
 
-def _factor(probs: Probabilities, row_sum: Expr) -> Expr:
-    numerator = tir.constant(probs.numerator, "int32", 1)
-    return TB.truncdiv(numerator, row_sum >> tir.constant(probs.guard, "int32", 1))
+def shifted_words(c: Expr, d: list[Expr]) -> list[Expr]:
+    """``(c << 16) >> n`` of WIDTH results of the cubic, n the bits of the distances d above the fraction."""
+    result = []
+    for word, distance in zip(tir.high_words(c), d, strict=True):
+        n = tir.let(tir.cast(distance >> tir.constant(SCORE_BITS, "int32"), "uint32"))
+        inside = n < tir.constant(32, "uint32")
+        result.append(tir.let(tir.select(inside, word >> n, tir.constant(0, "uint32"))))
+    return result
+
+
+def quantized(e: Expr, factor: Expr, shift: int) -> Expr:
+    """``(e * factor + half) >> shift`` in 16 bits.
+
+    The largest exponential of a row is 2**EXP_BITS, therefore ``factor <= numerator >> EXP_BITS < 2**16`` and
+    ``e * factor <= numerator < 2**31``; half is a multiple of 2**16, so that the low half of the product
+    never counts. The factor of row_maximum is a constant within the same bounds.
+    """
+    half, rest = (tir.constant(c, "uint16", WIDTH) for c in (1 << (shift - 17), shift - 16))
+    return (tir.multiply_high(e, factor, WIDTH) + half) >> rest
+
+
+class RowMaximum(Pass):
+    """int_exp2 and its quantization at once. Distances beyond DISTANCE_MAX become DISTANCE_MAX, whose
+    exponential is 0 as theirs.
+    """
+
+    totals = ("uint16",)
+
+    def step(self, r: Expr, at: Expr) -> None:
+        most = tir.constant(DISTANCE_MAX, "int32")
+        d = [tir.minimum(v, most) for v in self.distances(r, at)]
+        d = tir.let(tir.halves(d, high=False))
+        e = exp2_fraction(d) >> (d >> tir.constant(SCORE_BITS, "uint16", WIDTH))
+        p = tir.let(quantized(e, tir.constant(self.probs.factor, "uint16", WIDTH), self.probs.shift))
+        self.body.store_probs([p], at)
+        self.add(0, r, p)
+
+    def end_row(self, r: Expr) -> None:
+        self.finish_row(r, self.total(0, r))
+
+
+class Exponentials(Pass):
+    """int_exp2 without its guard bits, and the factor that its sum (with them) gives.
+
+    With the result c of the cubic in the high half of a word, ``w = (c << 16) >> n`` holds both ``c >> n``
+    (its high half) and ``(c << guard) >> n = w >> (16 - guard)``.
+    """
+
+    totals = ("uint32",)
+
+    def step(self, r: Expr, at: Expr) -> None:
+        d = self.distances(r, at)
+        c = exp2_fraction(tir.halves(d, high=False))
+        words = shifted_words(c, d)
+        tir.store(self.body.exponentials, tir.halves(words, high=True), at, WIDTH)
+        rest = tir.constant(16 - self.probs.guard, "uint32")
+        self.add(0, r, (words[0] >> rest) + (words[1] >> rest))
+
+    def end_row(self, r: Expr) -> None:
+        row_sum = tir.cast(self.total(0, r, "uint32"), "int32", 1)
+        numerator = tir.constant(self.probs.numerator, "int32", 1)
+        factor = TB.truncdiv(numerator, row_sum >> tir.constant(self.probs.guard, "int32", 1))
+        tir.store(self.body.factors, factor, r, 1)
+
+
+class Quantize(Pass):
+    """p of the exponentials of a row, whose factor is known."""
+
+    totals = ("uint16",)
+
+    def step(self, r: Expr, at: Expr) -> None:
+        probs = self.probs
+        factor = tir.splat(tir.cast(tir.load(self.body.factors, r, 1), "uint16", 1), WIDTH)
+        p = quantized(tir.load(self.body.exponentials, at, WIDTH), factor, probs.shift)
+        if (probs.numerator + (1 << (probs.shift - 1))) >> probs.shift > probs.qmax:
+            p = tir.minimum(p, tir.constant(probs.qmax, "uint16", WIDTH))
+        p = tir.let(p)
+        self.body.store_probs([p], at)
+        self.add(0, r, p)
+
+    def end_row(self, r: Expr) -> None:
+        self.finish_row(r, self.total(0, r))
+
+
+class LogSum(Pass):
+    """int_log2 of the sum of exponentials, less the fraction bits of the sum.
+
+    A term is ``(c << guard) >> n``, c the result of the cubic; as c stands in the high half of a word, this
+    is ``(c << 16) >> (n + 16 - guard)``: distances are taken from a maximum that is larger by these bits.
+    """
+
+    totals = ("uint32",)
+
+    def step(self, r: Expr, at: Expr) -> None:
+        d = self.distances(r, at, (16 - self.probs.guard) << SCORE_BITS)
+        c = exp2_fraction(tir.halves(d, high=False))
+        low, high = shifted_words(c, d)
+        self.add(0, r, low + high)
+
+    def end_row(self, r: Expr) -> None:
+        row_sum = tir.cast(self.total(0, r, "uint32"), "int32", 1)
+        tir.store(self.body.factors, _log_sum(self.probs, row_sum), r, 1)
 
 
 def _log_sum(probs: Probabilities, row_sum: Expr) -> Expr:
@@ -137,91 +171,60 @@ def _log_sum(probs: Probabilities, row_sum: Expr) -> Expr:
     return shifted(line + arch + (1 << (15 - SCORE_BITS)), 16 - SCORE_BITS)
 
 
-def _look_up(body: AttentionBody, r: Expr, highest: Expr, log_sums: Expr) -> None:
+class LookUp(Pass):
     """p of a codebook: distances become int16, less 2**15, then p, then its bytes.
 
     What lies beyond the last key is farthest away; it counts in the sum and is taken out of it again.
     """
-    spec, lanes = body.spec, 2 * LANES
-    probs, size = spec.probs, body.rows.large * body.stride
-    totals = [tir.scratch(lanes, "uint16") for _ in range(probs.planes)]
-    for total in totals:
-        tir.store(total, tir.constant(0, "uint16", lanes), 0, lanes)
-    top = tir.let(tir.splat(tir.load(highest, r, 1)))
-    log_sum = tir.constant(0, "int32", 1) if probs.relative else tir.let(tir.load(log_sums, r, 1))
-    farthest = tir.let(tir.splat(tir.constant(DISTANCE_MAX, "int32", 1) - log_sum))
-    offset = tir.let(tir.splat(tir.cast(log_sum + HALF, "uint16", 1), lanes))
-    eight, low_byte = (tir.constant(c, "uint16", lanes) for c in (8, 255))
-    with TB.serial(0, body.stride // lanes) as i:
-        at = tir.let(r * body.stride + i * lanes)
-        d = [tir.let(tir.minimum(top - tir.load(body.scores, at + half), farthest)) for half in (0, LANES)]
-        p = tir.let(body.lookup(tir.reinterpret(tir.halves(d, high=False) + offset, f"int16x{lanes}")))
-        parts = [p] if probs.planes == 1 else [p >> eight, p & low_byte]
-        for part, total in zip(parts, totals, strict=True):
-            tir.store(total, tir.load(total, 0, lanes) + part, 0, lanes)
-        if body.planes < len(parts):
-            parts = [p]
-        for plane, part in enumerate(parts):
-            value = tir.cast(part, body.left_source, lanes)
-            left = body.isa.convert_left(value, body.left_source, lanes)
-            tir.store(body.probs, left, plane * size + at, lanes)
-    p_sum = tir.constant(0, "int32", 1)
-    for total in totals:
-        plane_sum = tir.add_lanes(tir.cast(tir.load(total, 0, lanes), "int32", lanes), "int32")
-        p_sum = (p_sum << tir.constant(8, "int32", 1)) + plane_sum
-    beyond = tir.cast(body.lookup.farthest(), "int32", 1) * (body.stride - spec.tk)
-    _finish_row(body, r, tir.let(p_sum - beyond - body.zero[4] * spec.tk))
+
+    def __init__(self, body: AttentionBody) -> None:
+        self.totals = ("uint16",) * body.spec.probs.planes
+        super().__init__(body)
+
+    def step(self, r: Expr, at: Expr) -> None:
+        shift = tir.constant(0, "int32", 1) if self.probs.relative else tir.load(self.body.factors, r, 1)
+        most = tir.constant(DISTANCE_MAX - HALF, "int32")
+        d = [tir.minimum(v, most) for v in self.distances(r, at, shift - HALF)]
+        p = tir.let(self.body.lookup(tir.reinterpret(tir.halves(d, high=False), f"int16x{WIDTH}")))
+        eight, low_byte = (tir.constant(c, "uint16", WIDTH) for c in (8, 255))
+        parts = [p] if self.probs.planes == 1 else [tir.let(p >> eight), tir.let(p & low_byte)]
+        for i, part in enumerate(parts):
+            self.add(i, r, part)
+        self.body.store_probs(parts if self.body.planes == len(parts) else [p], at)
+
+    def end_row(self, r: Expr) -> None:
+        body = self.body
+        p_sum = self.total(0, r)
+        for i in range(1, self.probs.planes):
+            p_sum = (p_sum << tir.constant(8, "int32", 1)) + self.total(i, r)
+        beyond = tir.cast(body.lookup.farthest(), "int32", 1) * (body.stride - body.spec.tk)
+        self.finish_row(r, tir.let(p_sum - beyond - body.zero[4] * body.spec.tk))
 
 
-def _quantize(body: AttentionBody, r: Expr, factors: Expr) -> None:
-    """``min((e * factor + half) >> shift, qmax)`` in 16 bits.
-
-    The largest exponential of a row is 2**EXP_BITS, therefore ``factor <= numerator >> EXP_BITS < 2**16`` and
-    ``e * factor <= numerator < 2**31``; half is a multiple of 2**16, so that the low half of the product
-    never counts. The factor of row_maximum is a constant within the same bounds.
+class Sigmoid(Pass):
+    """Table lookup of every score; the entries are gathered one by one. Scores beyond the last key have the
+    smallest index, whose entry is taken out of the sum again.
     """
-    probs = body.spec.probs
-    by_row = probs.kind == "row_maximum"
-    lanes = 2 * LANES
-    total = tir.scratch(lanes, "uint16")
-    tir.store(total, tir.constant(0, "uint16", lanes), 0, lanes)
-    constant = tir.constant(probs.factor, "int32", 1) if by_row else tir.load(factors, r, 1)
-    factor = tir.let(tir.splat(tir.cast(constant, "uint16", 1), lanes))
-    half, shift = (tir.constant(c, "uint16", lanes) for c in (1 << (probs.shift - 17), probs.shift - 16))
-    with TB.serial(0, body.stride // lanes) as i:
-        at = tir.let(r * body.stride + i * lanes)
-        p = (tir.multiply_high(tir.load(body.exponentials, at, lanes), factor, lanes) + half) >> shift
-        if not by_row and (probs.numerator + (1 << (probs.shift - 1))) >> probs.shift > probs.qmax:
-            p = tir.minimum(p, tir.constant(probs.qmax, "uint16", lanes))
-        p = tir.let(p)
-        tir.store(body.probs, body.isa.convert_left(tir.cast(p, "uint8", lanes), "uint8", lanes), at, lanes)
-        tir.store(total, tir.load(total, 0, lanes) + p, 0, lanes)
-    _finish_row(body, r, tir.add_lanes(tir.cast(tir.load(total, 0, lanes), "int32", lanes), "int32"))
 
+    totals = ("uint16",)
 
-def _finish_row(body: AttentionBody, r: Expr, p_sum: Expr) -> None:
-    tir.store(body.row_term, tir.constant(0, "int32", 1) - body.zero[2] * p_sum, r, 1)
-    if body.spec.probs.by_row:
-        tir.store(body.row_scale, body.multiplier / tir.cast(p_sum, "float32", 1), r, 1)
+    def __init__(self, body: AttentionBody) -> None:
+        super().__init__(body)
+        self.index, self.entries = tir.scratch(WIDTH, "int32"), tir.scratch(WIDTH, "uint16")
 
+    def step(self, r: Expr, at: Expr) -> None:
+        half = 2 ** (SIGMOID_BITS - 1)
+        for part in (0, LANES):
+            t = tir.load(self.body.scores, at + part) + tir.constant(1 << (SIGMOID_SHIFT - 1), "int32")
+            t = tir.clip(t >> tir.constant(SIGMOID_SHIFT, "int32"), -half, half - 1, "int32")
+            tir.store(self.index, t + tir.constant(half, "int32"), part)
+        with TB.serial(0, WIDTH) as i:
+            entry = tir.load(self.body.b["table"], tir.load(self.index, i, 1), 1)
+            tir.store(self.entries, tir.cast(entry, "uint16", 1), i, 1)
+        p = tir.let(tir.load(self.entries, 0, WIDTH))
+        self.body.store_probs([p], at)
+        self.add(0, r, p)
 
-def _sigmoid(body: AttentionBody, r: Expr) -> None:
-    """Table lookup of every score; the entries are gathered one by one."""
-    half = 2 ** (SIGMOID_BITS - 1)
-    index, entries, total = (tir.scratch(LANES, "int32") for _ in range(3))
-    tir.store(total, tir.constant(0, "int32"), 0)
-
-    def step(column: Expr, valid: int) -> None:
-        at = r * body.stride + column
-        t = tir.load(body.scores, at) + tir.constant(1 << (SIGMOID_SHIFT - 1), "int32")
-        t = tir.clip(t >> tir.constant(SIGMOID_SHIFT, "int32"), -half, half - 1, "int32")
-        tir.store(index, t + tir.constant(half, "int32"), 0)
-        with TB.serial(0, LANES) as i:
-            entry = tir.cast(tir.load(body.b["table"], tir.load(index, i, 1), 1), "int32", 1)
-            tir.store(entries, entry, i, 1)
-        p = tir.let(tir.first_lanes(tir.load(entries, 0), valid, 0))
-        tir.store(body.probs, body.isa.convert_left(tir.cast(p, "uint8"), "uint8", LANES), at)
-        tir.store(total, tir.load(total, 0) + p, 0)
-
-    _vectors(body, step)
-    _finish_row(body, r, tir.add_lanes(tir.load(total, 0), "int32"))
+    def end_row(self, r: Expr) -> None:
+        beyond = tir.cast(tir.load(self.body.b["table"], 0, 1), "int32", 1)
+        self.finish_row(r, self.total(0, r) - beyond * (self.body.stride - self.body.spec.tk))

@@ -205,6 +205,21 @@ def interleave(vectors: list[Expr], lanes: int) -> Expr:
     return pick(vectors, [i * lanes + j for j in range(lanes) for i in range(count)])
 
 
+def transpose(vectors: list[Expr], lanes: int) -> list[Expr]:
+    """Rows of `lanes` elements become columns, a vector each; both numbers are powers of two and there are no
+    fewer rows than lanes. Every round merges the upper half of the rows into the lower one.
+    """
+    rows, rounds = len(vectors), len(vectors).bit_length() - 1
+    for _ in range(rounds):
+        merged = [i * lanes + j for j in range(lanes) for i in range(2)]
+        parts = [merged] if lanes < rows else [merged[:lanes], merged[lanes:]]
+        half = len(vectors) // 2
+        pairs = zip(vectors[:half], vectors[half:], strict=True)
+        vectors = [let(pick([a, b], part)) for a, b in pairs for part in parts]
+        lanes = len(parts[0])
+    return vectors
+
+
 def first_lanes(value: Expr, valid: int, otherwise: int) -> Expr:
     """int32 lanes of which only the first `valid` count; the others become a constant."""
     if valid == LANES:
