@@ -18,29 +18,36 @@ class Dotprod(SignedLeft):
     unit = 16
     instruction = "sdot"
     has_side = True
-    tile = Tile(rows=6, columns=16)  # 24 sums, 6 registers of x, and 2 for the weights passing by
+    tile = Tile(rows=7, columns=48)
+    block = 12
+    """With 7 rows 21 sums, 7 registers of x, and 4 for the weights passing by. 6 rows by 16 columns would
+    need all 32 registers, and scheduling for some cores (Neoverse N1) then spills."""
 
     def matmul(
         self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str,
         full_range: bool, side: Side | None = None,
     ) -> None:  # fmt: skip
-        vectors = columns // self.lanes
-        acc = [[self.accumulator() for _ in range(vectors)] for _ in range(rows)]
-        with TB.serial(0, depth // self.unit) as block:
-            words = [tir.let(tir.reinterpret(left(r, block * self.unit, 16), "int32x4")) for r in range(rows)]
-            for k in range(0, self.unit, self.step):
+        width = self.width(columns)
+        vectors = width // self.lanes
+        with TB.serial(0, columns // width) as i:
+            acc = [[self.accumulator() for _ in range(vectors)] for _ in range(rows)]
+            with TB.serial(0, depth // self.unit) as block:
+                words = [
+                    tir.let(tir.reinterpret(left(r, block * self.unit, 16), "int32x4")) for r in range(rows)
+                ]
+                for k in range(0, self.unit, self.step):
+                    for v in range(vectors):
+                        at = block * (self.unit * columns) + k * columns + i * (width * self.step) + v * 16
+                        loaded = tir.let(right(at, 16))
+                        for r in range(rows):
+                            word = tir.reinterpret(tir.shuffle(words[r], [k // self.step] * 4), "int8x16")
+                            total = tir.intrinsic(_SDOT, "int32x4", tir.load(acc[r][v], 0, 4), loaded, word)
+                            tir.store(acc[r][v], total, 0, 4)
+                if side is not None:
+                    side(i * (depth // self.unit) + block)
+            for r in range(rows):
                 for v in range(vectors):
-                    offset = block * (self.unit * columns) + k * columns + v * 16
-                    loaded = tir.let(right(offset, 16))
-                    for r in range(rows):
-                        word = tir.reinterpret(tir.shuffle(words[r], [k // self.step] * 4), "int8x16")
-                        total = tir.intrinsic(_SDOT, "int32x4", tir.load(acc[r][v], 0, 4), loaded, word)
-                        tir.store(acc[r][v], total, 0, 4)
-            if side is not None:
-                side(block)
-        for r in range(rows):
-            for v in range(vectors):
-                sink(r, v * self.lanes, tir.load(acc[r][v], 0, 4), 4)
+                    sink(r, i * width + v * self.lanes, tir.load(acc[r][v], 0, 4), 4)
 
 
 ISA = Dotprod()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tvm_vitq.schedules import tir
 from tvm_vitq.schedules.aarch64 import Aarch64
 from tvm_vitq.schedules.isa import Left, Right, Side, Sink, Tile
-from tvm_vitq.schedules.tir import TB
+from tvm_vitq.schedules.tir import TB, Expr
 
 _INTRINSIC = {
     "int8": "llvm.aarch64.neon.smmla.v4i32.v16i8",
@@ -14,7 +14,7 @@ _INTRINSIC = {
 
 
 class I8mm(Aarch64):
-    """Rows are taken in pairs; of an odd number the last one is paired with itself.
+    """Rows are taken in pairs; of an odd number the last one is paired with the one before it.
 
     uint8 left operands have an instruction of their own (usmmla), so nothing is ever converted.
     """
@@ -26,41 +26,42 @@ class I8mm(Aarch64):
     has_side = True
     tile = Tile(rows=4, columns=48)
     block = 24
-    """Most columns computed together: with two pairs of rows 24 sums. Joining two rows of x in one register
-    keeps a unit busy that could do an smmla, so blocks are wide and low."""
+    """With two pairs of rows 24 sums. Joining two rows of x in one register keeps a unit busy that could do
+    an smmla, so blocks are wide and low."""
 
-    def side_steps(self, columns: int, depth: int) -> int:
-        return columns // self._width(columns) * (depth // self.unit)
-
-    def _width(self, columns: int) -> int:
-        return max(w for w in range(4, self.block + 1, 4) if columns % w == 0)
+    def depths(self, depth: int | Expr) -> int:
+        """A whole register of each row, where that divides the depth: half as many loads."""
+        return 16 if isinstance(depth, int) and depth % 16 == 0 else self.unit
 
     def matmul(
         self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str,
         full_range: bool, side: Side | None = None,
     ) -> None:  # fmt: skip
-        pairs = tir.ceildiv(rows, 2)
-        width = self._width(columns)
+        pairs = [(r, r + 1) for r in range(0, rows - 1, 2)] + [(max(rows - 2, 0), rows - 1)] * (rows % 2)
+        width = self.width(columns)
         vectors = width // 2
+        unit = self.depths(depth)
         with TB.serial(0, columns // width) as i:
-            acc = [[self.accumulator() for _ in range(vectors)] for _ in range(pairs)]
-            with TB.serial(0, depth // self.unit) as block:
-                x = [left(r, block * self.unit, 8) for r in range(rows)]
-                x = [
-                    tir.let(tir.pick([x[2 * p], x[min(2 * p + 1, rows - 1)]], range(16)))
-                    for p in range(pairs)
-                ]
-                for v in range(vectors):
-                    w = tir.let(right(block * (self.unit * columns) + i * (width * 8) + v * 16, 16))
-                    for p in range(pairs):
-                        old = tir.load(acc[p][v], 0, 4)
-                        tir.store(acc[p][v], tir.intrinsic(_INTRINSIC[source], "int32x4", old, x[p], w), 0, 4)
+            acc = [[self.accumulator() for _ in range(vectors)] for _ in pairs]
+            with TB.serial(0, depth // unit) as block:
+                x = [tir.let(left(r, block * unit, unit)) for r in range(rows)]
+                for k in reversed(range(0, unit, 8)):  # last, the low halves are joined in place
+                    lanes = [*range(k, k + 8), *range(unit + k, unit + k + 8)]
+                    joined = [tir.let(tir.pick([x[a], x[b]], lanes)) for a, b in pairs]
+                    for v in range(vectors):
+                        at = block * (unit * columns) + k * columns + i * (width * 8) + v * 16
+                        w = tir.let(right(at, 16))
+                        for p in range(len(pairs)):
+                            old = tir.load(acc[p][v], 0, 4)
+                            total = tir.intrinsic(_INTRINSIC[source], "int32x4", old, joined[p], w)
+                            tir.store(acc[p][v], total, 0, 4)
                 if side is not None:
-                    side(i * (depth // self.unit) + block)
+                    side(i * (depth // unit) + block)
             for r in range(rows):
+                second = r == pairs[r // 2][1]
                 for v in range(0, vectors, 2):
                     both = [tir.load(acc[r // 2][v + j], 0, 4) for j in (0, 1)]
-                    sink(r, i * width + 2 * v, tir.pick(both, (2, 3, 6, 7) if r % 2 else (0, 1, 4, 5)), 4)
+                    sink(r, i * width + 2 * v, tir.pick(both, (2, 3, 6, 7) if second else (0, 1, 4, 5)), 4)
 
 
 ISA = I8mm()

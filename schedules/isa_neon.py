@@ -23,10 +23,7 @@ class Neon(SignedLeft):
     has_side = False  # the loop needs all registers: with lookups in it LLVM spills, which costs more
     tile = Tile(rows=4, columns=16)
     block = 4
-    """Columns computed together: 4 x 4 sums, 8 operands and 8 products in flight fill the registers."""
-
-    def side_steps(self, columns: int, depth: int) -> int:
-        return columns // self.block * (depth // self.unit)
+    """4 x 4 sums, 8 operands and 8 products in flight fill the registers."""
 
     def matmul(
         self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str,

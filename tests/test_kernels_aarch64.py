@@ -6,12 +6,15 @@ import re
 
 import numpy as np
 import pytest
+import tvm
 from kernel_cases import CODES, LINEARS, WIDE, attention_case, book, layer_norm_case, linear_case
-from kernel_library import Case, compile_cases, export_cases, split_results
+from kernel_library import Case, export_cases, split_results
 
-from tvm_vitq import emulate
+from tvm_vitq import emulate, targets
+from tvm_vitq.numerics import Output
 from tvm_vitq.numerics_attention import Probabilities
 from tvm_vitq.schedules.isa import isa
+from tvm_vitq.schedules.linear import Linear
 
 BOOKS = {
     # name: shape, book, additive terms
@@ -68,10 +71,23 @@ def test_equals_numerics(results, name):
 @pytest.mark.parametrize("target", ISAS)
 def test_loop_is_the_instruction_and_does_not_spill(target):
     """The default tile fits the registers: no iteration of the innermost loop touches the stack."""
-    case = linear_case("", target, (60, 96, 256), {"out": CODES, "zero_point": "scalar"})
-    executable, _ = compile_cases([case], target)
-    lines = executable.mod.imports[0].inspect_source("asm").splitlines()
-    loops = innermost_loops(lines, isa(target).instruction)
+    check_loops(f"aarch64-{target}", m=60, out=CODES, zero_point="scalar")
+
+
+@pytest.mark.parametrize("core", ["cortex-a72", "cortex-a76", "neoverse-n1", "neoverse-v1", "neoverse-n2"])
+def test_loops_scheduled_for_a_core_do_not_spill(core):
+    """... nor where LLVM orders instructions for one core, with tiles of both heights, with table lookups."""
+    target = f"llvm -mtriple=aarch64-linux-gnu -mcpu={core}"
+    check_loops(target, m=197, out=CODES, zero_point="scalar")
+    check_loops(target, m=197, out=Output("uint16", 0, 4095), lookup="int8")
+
+
+def check_loops(target: str, m: int, **options) -> None:
+    profile = targets.parse(target)
+    kernel = Linear(profile.isa, m, n=192, k=384, **options).kernel()
+    executable = tvm.compile(tvm.IRModule({kernel.name: kernel.func}), profile.target)
+    lines = executable.mod.inspect_source("asm").splitlines()
+    loops = innermost_loops(lines, isa(profile.isa).instruction)
     assert loops
     for loop in loops:
         assert not [line for line in loop if "[sp" in line]
