@@ -27,6 +27,7 @@ LAYERS = (
     ("image_folders",),
     ("frontend", "calibrate", "recipes", "pipeline"),
     ("quantized_model", "runtime"),
+    ("tuning",),
     ("report", "compiler", "api"),
     ("evaluation", "datasets", "artifacts", "deploy_kit", "emulate"),
     ("comparison", "demo", "doctor"),

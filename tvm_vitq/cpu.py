@@ -75,7 +75,9 @@ KERNEL_NAME: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class HostCpu:
-    """This machine: `arch` ("x86_64" or "aarch64"), the kernel's `flags` of its first core, and its `name`."""
+    """This machine: `arch` ("x86_64" or "aarch64"), `flags` and `name` of its first core, as the kernel has
+    them.
+    """
 
     arch: str
     flags: frozenset[str]

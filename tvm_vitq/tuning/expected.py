@@ -71,7 +71,8 @@ def _fused_linear(info: dict[str, Any], arguments: list[Array]) -> tuple[list[Ar
     value = numerics.int_lookup(value, extra)
     if codes:
         out = Output(info["codes_dtype"], info["codes_qmin"], info["codes_qmax"])
-        value = numerics.int_requantize(value, *codes, np.zeros(1, np.int32), out)
+        multiplier, zero = codes
+        value = numerics.int_requantize(value, multiplier, zero, np.zeros(1, np.int32), out)
     return [first[0], extra], value
 
 

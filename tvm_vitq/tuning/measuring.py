@@ -76,7 +76,7 @@ class Measuring:
 
     def run(self, path: str, kernel: str, schedule: Mapping[str, Any] | None) -> Future:
         """Starts checking and timing a candidate; its record is there when the future is done."""
-        future = self._measure(path, kernel, schedule)
+        future = self._measure([path], kernel, [schedule])
 
         def finished(done: Future) -> None:
             Path(path).unlink(missing_ok=True)
@@ -85,29 +85,29 @@ class Measuring:
         future.add_done_callback(finished)
         return future
 
-    def _measure(self, path: str, kernel: str, schedule: Mapping[str, Any] | None) -> Future:
-        task, spec = self.tasks[kernel], self.spec(kernel, schedule)
-        return self.run_pool.submit(
-            workers.measure, path, spec.name, task.operands(spec), task.expected, self.device
-        )
-
     def compare(self, kernel: str, schedules: Sequence[Mapping[str, Any] | None], rounds: int) -> None:
         """Measures schedules in turns; their records say so."""
-        built = [self.build(kernel, schedule) for schedule in schedules]
-        paths = [future.result() for future in built]
-        seconds: list[list[float]] = [[] for _ in schedules]
-        for _ in range(rounds):
-            for path, schedule, own in zip(paths, schedules, seconds, strict=True):
-                own += self._measure(path, kernel, schedule).result()
-        for schedule, own in zip(schedules, seconds, strict=True):
-            self.on_record(Record(kernel, schedule, own, final=True))
+        paths = [future.result() for future in [self.build(kernel, schedule) for schedule in schedules]]
+        times = self._measure(paths, kernel, schedules, rounds).result()
+        for schedule, seconds in zip(schedules, times, strict=True):
+            self.on_record(Record(kernel, schedule, seconds, final=True))
+
+    def _measure(
+        self, paths: Sequence[str], kernel: str, schedules: Sequence[Any], rounds: int = 1
+    ) -> Future:
+        task, specs = self.tasks[kernel], [self.spec(kernel, schedule) for schedule in schedules]
+        candidates = [
+            workers.Candidate(path, spec.name, task.operands(spec))
+            for path, spec in zip(paths, specs, strict=True)
+        ]
+        return self.run_pool.submit(workers.measure, candidates, task.expected, self.device, rounds)
 
     def record(self, kernel: str, schedule: Mapping[str, Any] | None, done: Future) -> None:
         """Hands on what became of a candidate."""
         error = done.exception()
         with self.lock:
             if error is None:
-                self.on_record(Record(kernel, schedule, done.result()))
+                self.on_record(Record(kernel, schedule, done.result()[0]))
             else:
                 self.on_record(Record(kernel, schedule, error=_last_line(error)))
 
@@ -164,7 +164,7 @@ class Waiting(PyRunnerFuture):
 
     def result(self) -> RunnerResult:
         try:
-            return RunnerResult(self.future.result(), None)
+            return RunnerResult(self.future.result()[0], None)
         except Exception as error:
             return RunnerResult(None, _last_line(error))
 

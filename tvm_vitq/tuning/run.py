@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import re
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,6 +129,7 @@ def count_servers(tracker: tuple[str, int, str]) -> int:
 
     host, port, key = tracker
     try:
+        socket.create_connection(tracker[:2], timeout=10).close()  # TVM's client goes on trying for a minute
         summary = rpc.connect_tracker(host, port).summary()
     except (RuntimeError, OSError) as error:
         raise VitqError(
@@ -174,6 +176,8 @@ def _compare(tasks: list[Task], measuring: Measuring, records: list[Record]) -> 
         for record in sorted(found, key=lambda r: r.fastest):
             if record.schedule not in ordered:
                 ordered.append(record.schedule)  # type: ignore[arg-type]
+        if not ordered:
+            continue
         finalists: list[Mapping[str, Any] | None] = [None, *ordered[:FINALISTS]]
         measuring.compare(task.name, finalists, ROUNDS)
 

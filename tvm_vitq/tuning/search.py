@@ -1,4 +1,4 @@
-"""A tuning run: MetaSchedule's task scheduler, evolutionary search and xgboost model over a model's kernels."""
+"""MetaSchedule's task scheduler, evolutionary search and xgboost model over a model's kernels."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def search(
                 task_weights=[float(task.calls) for task in tasks],
                 work_dir="",
                 max_trials_global=left,
-                num_trials_per_iter=min(AT_ONCE, left),
+                num_trials_per_iter=max(n for n in range(1, AT_ONCE + 1) if left % n == 0),
                 builder=Builder(measuring, known, deadline),
                 runner=Runner(measuring, known),
                 database=database,

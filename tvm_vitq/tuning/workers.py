@@ -47,29 +47,49 @@ def build(spec: Any, profile: TargetProfile, path: str) -> str:
     return path
 
 
-def measure(path: str, name: str, operands: list[Array], expected: Array, device: Device) -> list[float]:
-    """Seconds of a call of the kernel `name` in the library at `path`, `Device.repeat` of them.
+@dataclass(frozen=True)
+class Candidate:
+    """A library with a kernel `name`, and the operands of a call."""
+
+    path: str
+    name: str
+    operands: list[Array]
+
+
+def measure(
+    candidates: list[Candidate], expected: Array, device: Device, rounds: int = 1
+) -> list[list[float]]:
+    """Seconds of a call of each candidate, `Device.repeat` of them in each round; they take turns.
 
     Raises
     ------
-    ValueError : it does not return what is expected, bit for bit.
+    ValueError : a kernel does not return what is expected, bit for bit.
     """
     import tvm
 
+    seconds: list[list[float]] = [[] for _ in candidates]
     with _opened(device) as (load, place, pool):
-        library = load(path)
-        arguments = [tvm.runtime.tensor(v, place) for v in operands]
-        result = tvm.runtime.tensor(np.zeros(expected.shape, expected.dtype), place)
         if device.threads:
             pool(1, device.threads)
-        library[name](*arguments, result)
-        differ = np.count_nonzero(result.numpy() != expected)
-        if differ:
-            raise ValueError(f"wrong result: {differ} of {expected.size} elements differ from numerics.py")
-        clock = library.time_evaluator(
-            name, place, number=1, repeat=device.repeat, min_repeat_ms=device.least_ms
-        )
-        return [float(seconds) for seconds in clock(*arguments, result).results]
+        result = tvm.runtime.tensor(np.zeros(expected.shape, expected.dtype), place)
+        ready = []
+        for candidate in candidates:
+            library = load(candidate.path)
+            arguments = [*(tvm.runtime.tensor(v, place) for v in candidate.operands), result]
+            library[candidate.name](*arguments)
+            differ = np.count_nonzero(result.numpy() != expected)
+            if differ:
+                raise ValueError(
+                    f"wrong result: {differ} of {expected.size} elements differ from numerics.py"
+                )
+            clock = library.time_evaluator(
+                candidate.name, place, number=1, repeat=device.repeat, min_repeat_ms=device.least_ms
+            )
+            ready.append((clock, arguments))
+        for _ in range(rounds):
+            for (clock, arguments), own in zip(ready, seconds, strict=True):
+                own += [float(value) for value in clock(*arguments).results]
+    return seconds
 
 
 @contextlib.contextmanager
