@@ -50,10 +50,10 @@ def exp2_fraction(d: Expr) -> Expr:
     return tir.let(c0 - tir.multiply_high(f, e, WIDTH))
 
 
-def shifted_words(c: Expr, d: list[Expr]) -> list[Expr]:
-    """``(c << 16) >> n`` of WIDTH results of the cubic, n the bits of the distances d above the fraction."""
+def shifted_words(words: list[Expr], d: list[Expr]) -> list[Expr]:
+    """``word >> n``, n the bits of the distances d above the fraction."""
     result = []
-    for word, distance in zip(tir.high_words(c), d, strict=True):
+    for word, distance in zip(words, d, strict=True):
         n = tir.let(tir.cast(distance >> tir.constant(SCORE_BITS, "int32"), "uint32"))
         inside = n < tir.constant(32, "uint32")
         result.append(tir.let(tir.select(inside, word >> n, tir.constant(0, "uint32"))))
@@ -103,7 +103,7 @@ class Exponentials(Pass):
     def step(self, r: Expr, at: Expr) -> None:
         d = self.distances(r, at)
         c = exp2_fraction(tir.halves(d, high=False))
-        words = shifted_words(c, d)
+        words = shifted_words(tir.high_words(c), d)
         tir.store(self.body.exponentials, tir.halves(words, high=True), at, WIDTH)
         rest = tir.constant(16 - self.probs.guard, "uint32")
         self.add(0, r, (words[0] >> rest) + (words[1] >> rest))
@@ -145,9 +145,14 @@ class LogSum(Pass):
 
     def step(self, r: Expr, at: Expr) -> None:
         d = self.distances(r, at, (16 - self.probs.guard) << SCORE_BITS)
-        c = exp2_fraction(tir.halves(d, high=False))
-        low, high = shifted_words(c, d)
-        self.add(0, r, low + high)
+        # The order within the sum is free: both distances of a lane share a word, without shuffles.
+        low = tir.constant(2**16 - 1, "int32")
+        pairs = (d[0] & low) | (d[1] << tir.constant(16, "int32"))
+        c = exp2_fraction(tir.reinterpret(pairs, f"uint16x{WIDTH}"))
+        c = tir.let(tir.reinterpret(c, f"uint32x{LANES}"))
+        words = [c << tir.constant(16, "uint32"), c & tir.constant(2**32 - 2**16, "uint32")]
+        first, second = shifted_words(words, d)
+        self.add(0, r, first + second)
 
     def end_row(self, r: Expr) -> None:
         row_sum = tir.cast(self.total(0, r, "uint32"), "int32", 1)
