@@ -30,6 +30,7 @@ from tvm_vitq.schedules.group_table import GroupTable
 from tvm_vitq.schedules.kernel import Kernel
 from tvm_vitq.schedules.layer_norm import LayerNorm
 from tvm_vitq.schedules.linear import Linear
+from tvm_vitq.schedules.weight_planes import WeightPlanes
 from tvm_vitq.targets import TargetProfile
 
 KERNEL_ATTRIBUTE = "vitq.macs"
@@ -75,10 +76,10 @@ def default_schedule(site: Site) -> Specification:
 
 
 def lower_kernels(
-    mod: tvm.IRModule, profile: TargetProfile, choose: Choose = default_schedule
+    mod: tvm.IRModule, profile: TargetProfile, choose: Choose = default_schedule, packed: bool = True
 ) -> tvm.IRModule:
-    """See the module; integer graph to kernel calls."""
-    return _Lowering(profile, choose).module(mod)
+    """See the module; integer graph to kernel calls. `packed`: weights take as few bits as they need."""
+    return _Lowering(profile, choose, packed).module(mod)
 
 
 def _output(info: dict[str, Any]) -> Output:
@@ -88,9 +89,9 @@ def _output(info: dict[str, Any]) -> Output:
 
 
 class _Lowering(Rewriter):
-    def __init__(self, profile: TargetProfile, choose: Choose) -> None:
+    def __init__(self, profile: TargetProfile, choose: Choose, packed: bool) -> None:
         super().__init__()
-        self.isa, self.choose = profile.isa, choose
+        self.isa, self.choose, self.packed = profile.isa, choose, packed
         self.made: dict[str, tuple[tvm.ir.GlobalVar, Kernel]] = {}
         self.grouped: dict[tuple, tuple[Expr, Expr]] = {}
         self.rules: dict[str, Callable[[Call, dict[str, Any]], Expr]] = {
@@ -165,6 +166,7 @@ class _Lowering(Rewriter):
             multiples=isinstance(inner, Multiples),
             row_scales=partial is not None and partial.row_multiplier is not None,
             row_zero_points=partial is not None and partial.row_zero_point is not None,
+            planes=WeightPlanes.of(weight) if self.packed else None,
         )
         zeros = zero if zero.size > 1 else int(zero.reshape(-1)[0])
 

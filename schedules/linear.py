@@ -13,6 +13,7 @@ from tvm_vitq.schedules.isa import Isa, Tile, isa
 from tvm_vitq.schedules.kernel import Argument, Kernel, kernel_name
 from tvm_vitq.schedules.linear_body import LinearBody
 from tvm_vitq.schedules.packing import GROUP
+from tvm_vitq.schedules.weight_planes import WeightPlanes
 
 Array = npt.NDArray
 
@@ -33,11 +34,13 @@ class Linear:
     multiples : the groups' scales are whole multiples (numerics.Multiples).
     row_scales, row_zero_points : Partial.row_multiplier and Partial.row_zero_point are present (needs groups
         >= 1).
+    planes : weights are packed this way and unpacked in the kernel, panel by panel; None: a byte each.
     tile : tile sizes; None takes the instruction set's default.
 
-    Arguments of the kernel, in order: x, weight, bias, multiplier, [zero_point], [count], [group_multiplier,
-    group_bias], [row_multiplier], [row_zero_point, colsum], [entry_multiplier, entry_zero], [table],
-    [residual], out. `pack` returns those from weight to colsum, `pack_codes` the two behind them.
+    Arguments of the kernel, in order: x, weight, [weight_base], bias, multiplier, [zero_point], [count],
+    [group_multiplier, group_bias], [row_multiplier], [row_zero_point, colsum], [entry_multiplier,
+    entry_zero], [table], [residual], out. `pack` returns those from weight to colsum, `pack_codes` the two
+    behind them.
     """
 
     isa: str
@@ -53,6 +56,7 @@ class Linear:
     multiples: bool = False
     row_scales: bool = False
     row_zero_points: bool = False
+    planes: WeightPlanes | None = None
     tile: Tile | None = None
 
     @property
@@ -101,6 +105,7 @@ class Linear:
         epilogue += [f"lut{entries}"] if self.lookup else []
         epilogue += ["add"] if self.residual else []
         weight = "qs8cx" if not self.groups else f"qs8{'m' if self.multiples else 'g'}{self.group_width}"
+        weight += f"w{self.planes.bits}s{self.planes.shift}" if self.planes else ""
         left = "qs8" + ("px" if self.row_scales else "") + ("pz" if self.row_zero_points else "")
         zero = {"none": "", "scalar": "z", "vector": "zv"}[self.zero_point]
         clip = "" if self.out_dtype == "float32" else f"{self.out.qmin}to{self.out.qmax}".replace("-", "m")
@@ -111,8 +116,13 @@ class Linear:
     def arguments(self) -> tuple[Argument, ...]:
         """All arguments in order."""
         m, n, k, padded = self.m, self.n, self.k, packing.padded(self.n, GROUP)
-        size = padded * self.depth * max(self.groups, 1)
-        result = [Argument("x", (m, k), "int8", "input"), Argument("weight", (size,), "int8", "constant")]
+        result = [Argument("x", (m, k), "int8", "input")]
+        if self.planes is None:
+            result.append(Argument("weight", (padded * self.whole_depth,), "int8", "constant"))
+        else:
+            size = sum(map(self.panel_bytes, packing.panel_widths(n, self.tiles.columns)))
+            result.append(Argument("weight", (size,), "uint8", "constant"))
+            result.append(Argument("weight_base", (padded * self.target.step,), "int8", "constant"))
         result.append(Argument("bias", (padded,), "int32", "constant"))
         result.append(Argument("multiplier", (padded,), packing.multiplier_dtype(self.out), "constant"))
         if self.zero_point != "none":
@@ -151,7 +161,7 @@ class Linear:
         weight``, where groups count by their multiples.
         """
         target, groups = self.target, max(self.groups, 1)
-        packed = packing.pack_right(weight, self.tiles.columns, target.step, target.unit, groups)
+        panels = packing.pack_right(weight, self.tiles.columns, target.step, target.unit, groups)
         excess = target.offset("int8") * weight.astype(np.int32).reshape(self.n, groups, -1).sum(
             -1, dtype=np.int32
         )
@@ -159,7 +169,8 @@ class Linear:
             bias = bias.astype(np.int32) - excess[:, 0]
         elif isinstance(inner, Multiples):
             bias = bias.astype(np.int32) - (excess * inner.count.T.astype(np.int32)).sum(1, dtype=np.int32)
-        arrays = [packed, packing.pack_columns(bias, self.n, "int32")]
+        arrays = [np.concatenate(panels)] if self.planes is None else self._packed(weight, panels)
+        arrays.append(packing.pack_columns(bias, self.n, "int32"))
         arrays.append(packing.pack_multiplier(multiplier, self.n, self.out))
         if self.zero_point == "scalar":
             arrays.append(np.asarray(zero_point, np.int32).reshape(1))
@@ -176,6 +187,24 @@ class Linear:
                 arrays.append(self._rows(inner.row_zero_point, np.int32))
                 arrays.append(self._groups(inner.colsum, "int32"))
         return arrays
+
+    def _packed(self, weight: Array, panels: list[Array]) -> list[Array]:
+        """Packed panels one after the other, and the bases of all columns, as often as they are summed."""
+        assert self.planes is not None  # by the caller
+        base = np.repeat(packing.pack_columns(weight.min(1), self.n, "int8"), self.target.step)
+        parts, start = [], 0
+        for panel in panels:
+            width = panel.size // self.whole_depth * self.target.step
+            rows = panel.reshape(-1, width)
+            parts.append(self.planes.pack(rows, base[start : start + width]))
+            start += width
+        return [np.concatenate(parts), base]
+
+    def panel_bytes(self, columns: int) -> int:
+        """Of a packed panel."""
+        assert self.planes is not None  # by the caller
+        step = self.target.step
+        return self.planes.size(self.whole_depth // step, columns * step)
 
     def pack_codes(self, multiplier: Array, zero_point: Array) -> list[Array]:
         """Multiplier and zero point of `codes`, [N] or one number each."""

@@ -32,6 +32,7 @@ class LinearBody:
         self.blocks = Split.of(self.rows.count, max(1, spec.tiles.block_rows // spec.tiles.rows))
         self.groups = max(spec.groups, 1)
         self.left: Expr = buffers["x"]
+        self.weight: Expr = buffers["weight"]  # all panels, or the current one where weights are packed
         self.first_row: Expr = 0  # what rows are counted from
 
     def emit(self) -> None:
@@ -80,6 +81,8 @@ class LinearBody:
     def _panel(self, block: Expr, column: Expr, columns: int) -> None:
         """All rows of the block for one panel; `columns` is static."""
         large = self.blocks.large
+        if self.spec.planes is not None:
+            self._unpack(column, columns)
         lookup = DelayedLookup(self, column, columns) if self.delays_lookup else None
         with TB.serial(0, large) as i:
             tile = tir.let(block * large + i)
@@ -89,6 +92,20 @@ class LinearBody:
                 self._split(self.rows, tile, lambda row, rows: self._tile(row, column, rows, columns, lookup))
         if lookup is not None:
             lookup.finish(tir.let(tir.minimum(block * large + large, self.rows.count)))
+
+    def _unpack(self, column: Expr, columns: int) -> None:
+        """The weights of a panel, which come once for all rows of a block, as bytes."""
+        spec, step, planes = self.spec, self.isa.step, self.spec.planes
+        assert planes is not None  # by the caller
+        width, depths = columns * step, spec.whole_depth // step
+        wide = self.panels.large * GROUP
+        before = self.panels.number_large if columns < wide else 0
+        index = tir.let((column - before * wide) // columns)
+        start = tir.let(before * spec.panel_bytes(wide) + index * spec.panel_bytes(columns))
+        whole = packing.padded(depths, planes.rows) * width
+        self.weight = tir.scratch(whole, "int8")
+        base = self.b["weight_base"]
+        planes.unpack(self.b["weight"], start, base, column * step, self.weight, depths, width)
 
     @property
     def delays_lookup(self) -> bool:
@@ -133,7 +150,8 @@ class LinearBody:
     ) -> None:
         """Gives x[rows, group] @ weight[columns, group].T to `sink`."""
         spec, depth = self.spec, self.spec.depth
-        base = tir.let(column * (self.groups * depth) + group * (depth * columns))
+        panel = column if spec.planes is None else 0
+        base = tir.let(panel * (self.groups * depth) + group * (depth * columns))
 
         def left(r: int, k: Expr, n: int) -> Expr:
             if spec.staged:
@@ -141,7 +159,7 @@ class LinearBody:
             return tir.load(self.left, [row + r, group * depth + k], n)
 
         def right(offset: Expr, n: int) -> Expr:
-            return tir.load(self.b["weight"], base + offset, n)
+            return tir.load(self.weight, base + offset, n)
 
         options: dict[str, Any] = {} if side is None else {"side": side}
         if spec.tiles.unroll > 1:

@@ -25,8 +25,8 @@ def panel_widths(columns: int, tile_columns: int) -> list[int]:
     return [GROUP * size for size in split.sizes()]
 
 
-def pack_right(weight: Array, tile_columns: int, step: int, unit: int, groups: int = 1) -> Array:
-    """int8 [N, K] as panels of ``[groups][depth / step][columns][step]``, flat, zero padded.
+def pack_right(weight: Array, tile_columns: int, step: int, unit: int, groups: int = 1) -> list[Array]:
+    """int8 [N, K] as panels of ``[groups][depth / step][columns][step]``, each flat, zero padded.
 
     Each group of K / groups depths is padded by itself to a multiple of `unit`.
     """
@@ -39,7 +39,7 @@ def pack_right(weight: Array, tile_columns: int, step: int, unit: int, groups: i
         panel = full[start : start + columns].reshape(columns, groups, depth // step, step)
         panels.append(panel.transpose(1, 2, 0, 3).reshape(-1))
         start += columns
-    return np.concatenate(panels)
+    return panels
 
 
 def pack_columns(values: Array | int | float, columns: int, dtype: str) -> Array:

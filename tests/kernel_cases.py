@@ -14,6 +14,7 @@ from tvm_vitq.schedules.attention import Attention, View
 from tvm_vitq.schedules.isa import Tile
 from tvm_vitq.schedules.layer_norm import LayerNorm
 from tvm_vitq.schedules.linear import Linear
+from tvm_vitq.schedules.weight_planes import WeightPlanes
 
 CODES = Output("int8", -128, 127)
 INDEX = Output("uint16", 0, 4095)
@@ -58,6 +59,14 @@ LINEARS = {
         (31, 100, 208),
         {"out": INDEX, "groups": 13, "multiples": True, "lookup": "int8", "zero_point": "scalar"},
     ),
+    "packed4": ((13, 130, 100), {"out": CODES, "zero_point": "scalar", "planes": WeightPlanes(4, 3)}),
+    "packed3": ((9, 112, 72), {"out": WIDE, "residual": True, "planes": WeightPlanes(3, 4)}),
+    "packed2": ((7, 18, 36), {"out": WIDE, "groups": 3, "planes": WeightPlanes(2, 5)}),
+    "packed7": (
+        (31, 150, 208),
+        {"out": INDEX, "lookup": "int8", "zero_point": "scalar", "planes": WeightPlanes(7, 0)},
+    ),
+    "packed5": ((50, 48, 32), {"out": CODES, "tile": Tile(4, 32, 12), "planes": WeightPlanes(5, 2)}),
     "rows": ((9, 30, 48), {"out": CODES, "groups": 1, "row_scales": True, "row_zero_points": True}),
 }
 
@@ -72,6 +81,10 @@ def linear_case(
     if extreme:
         x, weight = np.full((m, k), -128), np.where(np.arange(n) % 2, 127, -127)[:, None] + np.zeros((1, k))
     x, weight = x.astype(np.int8), weight.astype(np.int8)
+    if planes := options.get("planes"):
+        weight = (rng.integers(0, 2**planes.bits, (n, k)) << planes.shift) - rng.integers(1, 128, (n, 1))
+        weight = weight.astype(np.int8)
+        assert WeightPlanes.of(weight) == planes or n == 1
     bias = rng.integers(-5000, 5000, n).astype(np.int32)
     span = 2048 if options["out"] is INDEX else 2e6 if options["out"] is WIDE else 100
     spread = 5000 * np.sqrt(k)

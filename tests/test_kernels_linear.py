@@ -12,6 +12,7 @@ from tvm_vitq.numerics import Output
 from tvm_vitq.schedules.isa import Tile
 from tvm_vitq.schedules.linear import Linear
 from tvm_vitq.schedules.packing import pack_right, panel_widths
+from tvm_vitq.schedules.weight_planes import WeightPlanes
 
 SHAPES = {
     # Real shapes and their tails: 197 tokens, 49-token windows, 588 = 3 x 14 x 14 patches, 1000 classes.
@@ -74,6 +75,7 @@ def test_names_tell_functions_apart():
         {"groups": 1, "row_scales": True}, {"groups": 1, "row_zero_points": True}, {"tile": Tile(4, 32)},
         {"out": INDEX, "lookup": "int8"}, {"out": INDEX, "lookup": "int32"}, {"out": WIDE}, {"out": LOGITS},
         {"out": WIDE, "residual": True}, {"groups": 2, "multiples": True},
+        {"planes": WeightPlanes(4, 3)}, {"planes": WeightPlanes(4, 2)}, {"planes": WeightPlanes(3, 3)},
     ]  # fmt: skip
     names = [Linear(**{**base, **v}).name for v in variants]
     assert len(set(names)) == len(names)
@@ -84,8 +86,29 @@ def test_names_tell_functions_apart():
 def test_packing_keeps_every_weight():
     """Panels hold [depth / step][columns][step], padded by zeros."""
     weight = np.arange(1, 1 + 20 * 6, dtype=np.int8).reshape(20, 6)
-    packed = pack_right(weight, 16, step=2, unit=4)
+    packed = np.concatenate(pack_right(weight, 16, step=2, unit=4))
     assert panel_widths(20, 16) == [16, 16]
     panels = packed.reshape(2, 4, 16, 2).transpose(0, 2, 1, 3).reshape(32, 8)
     np.testing.assert_array_equal(panels[:20, :6], weight)
     assert not panels[20:].any() and not panels[:, 6:].any()
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_packed_weights_take_their_bits(bits):
+    """The narrowest form is found, and takes `bits` for each weight of whole chunks."""
+    rng = np.random.default_rng(bits)
+    for shift in range(8 - bits):
+        q = rng.integers(0, 2**bits, (5, 64))
+        q[0, :2] = 0, 2**bits - 1
+        weight = ((q << shift) - rng.integers(0, 128, (5, 1))).astype(np.int8)
+        planes = WeightPlanes.of(weight)
+        assert planes is not None and (planes.bits, planes.shift) == (bits, shift)
+    assert planes.size(64, 32) == 64 * 32 * bits // 8
+    assert len(planes.pack(np.zeros((64, 32), np.int8), np.zeros(32, np.int8))) == planes.size(64, 32)
+
+
+def test_weights_that_need_a_byte_are_not_packed():
+    weight = np.arange(-128, 128, dtype=np.int8).reshape(1, -1)
+    assert WeightPlanes.of(weight) is None
+    constant = np.full((3, 4), 7, np.int8)
+    assert WeightPlanes.of(constant) == WeightPlanes(1, 0)

@@ -33,13 +33,17 @@ def realize_passes(plan: QuantPlan) -> list[tuple[str, Pass]]:
     return [("realize", lambda mod: realize(mod, plan))]
 
 
-def lower_passes(profile: TargetProfile, choose: Choose = default_schedule) -> list[tuple[str, Pass]]:
-    """From the integer graph to kernels of one target, each under the schedule that `choose` gives it."""
+def lower_passes(
+    profile: TargetProfile, choose: Choose = default_schedule, packed: bool = True
+) -> list[tuple[str, Pass]]:
+    """From the integer graph to kernels of one target, each under the schedule that `choose` gives it; see
+    `lower_kernels`.
+    """
     return [
         ("decompose_canonical", decompose_canonical()),  # what realize left in float
         ("fuse_epilogues", fuse_epilogues),
         ("fuse_views", fuse_views),
-        ("lower_kernels", lambda mod: lower_kernels(mod, profile, choose)),
+        ("lower_kernels", lambda mod: lower_kernels(mod, profile, choose, packed)),
         ("decompose", relax.transform.DecomposeOpsForInference()),
         ("legalize", relax.transform.LegalizeOps()),
         (

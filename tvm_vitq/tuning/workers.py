@@ -79,9 +79,7 @@ def measure(
             library[candidate.name](*arguments)
             differ = np.count_nonzero(result.numpy() != expected)
             if differ:
-                raise ValueError(
-                    f"wrong result: {differ} of {expected.size} elements differ from numerics.py"
-                )
+                raise ValueError(f"wrong result: {differ} of {expected.size} elements are not numerics.py's")
             clock = library.time_evaluator(
                 candidate.name, place, number=1, repeat=device.repeat, min_repeat_ms=device.least_ms
             )
