@@ -56,7 +56,7 @@ def when(condition: Expr) -> Iterator[None]:
 @contextmanager
 def loop(count: int, unroll: int = 1) -> Iterator[Expr]:
     """A serial loop whose body is written out `unroll` times, or as often as divides the count."""
-    factor = max(f for f in range(1, unroll + 1) if count % f == 0) if count else 1
+    factor = max(f for f in range(1, unroll + 1) if count % f == 0) if unroll > 1 else 1
     with TB.serial(0, count // factor) as outer:
         if factor == 1:
             yield outer
