@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +23,7 @@ from tvm_vitq.numerics_groups import GroupQuantizers
 from tvm_vitq.ops import attrs, dtype_of, op_name, probabilities_of, shape_of
 from tvm_vitq.relax_passes.lower_elementwise import EXPRESSIONS, operands
 from tvm_vitq.relax_passes.rewriter import Rewriter, constant
+from tvm_vitq.runtime import LOAD
 from tvm_vitq.schedules.attention import Attention, View
 from tvm_vitq.schedules.group_codes import GroupCodes
 from tvm_vitq.schedules.group_linear import GroupLinear
@@ -30,6 +31,7 @@ from tvm_vitq.schedules.group_table import GroupTable
 from tvm_vitq.schedules.kernel import Kernel
 from tvm_vitq.schedules.layer_norm import LayerNorm
 from tvm_vitq.schedules.linear import Linear
+from tvm_vitq.schedules.unpack import Unpack
 from tvm_vitq.schedules.weight_planes import WeightPlanes
 from tvm_vitq.targets import TargetProfile
 
@@ -59,11 +61,13 @@ class Site:
     spec : the kernel with its default schedule.
     node : the operator of the integer graph that it computes; None for a kernel that computes a part of one.
     pack : the constants of the call for this kernel under any schedule.
+    planes : how the weights are packed that are unpacked when the library is loaded; None: no such ones.
     """
 
     spec: Any
     node: Call | None
     pack: Callable[[Any], list[Array]]
+    planes: WeightPlanes | None = None
 
 
 Choose = Callable[[Site], Specification]
@@ -78,7 +82,11 @@ def default_schedule(site: Site) -> Specification:
 def lower_kernels(
     mod: tvm.IRModule, profile: TargetProfile, choose: Choose = default_schedule, packed: bool = True
 ) -> tvm.IRModule:
-    """See the module; integer graph to kernel calls. `packed`: weights take as few bits as they need."""
+    """See the module; integer graph to kernel calls.
+
+    Weights take as few bits as they need. `packed`: the kernels unpack them. Otherwise a function
+    `LOAD` does that, once, and ``main`` takes what it returns behind its input.
+    """
     return _Lowering(profile, choose, packed).module(mod)
 
 
@@ -92,6 +100,8 @@ class _Lowering(Rewriter):
     def __init__(self, profile: TargetProfile, choose: Choose, packed: bool) -> None:
         super().__init__()
         self.isa, self.choose, self.packed = profile.isa, choose, packed
+        self.loaded: list[tuple[relax.Var, Call]] = []
+        """Weights that are unpacked at load: the parameters of ``main``, and what makes them."""
         self.made: dict[str, tuple[tvm.ir.GlobalVar, Kernel]] = {}
         self.grouped: dict[tuple, tuple[Expr, Expr]] = {}
         self.rules: dict[str, Callable[[Call, dict[str, Any]], Expr]] = {
@@ -104,6 +114,14 @@ class _Lowering(Rewriter):
 
     def module(self, mod: tvm.IRModule) -> tvm.IRModule:
         main = self.transform(mod["main"])
+        if self.loaded:
+            weights, calls = zip(*self.loaded, strict=True)
+            body = relax.SeqExpr(main.body.blocks, main.body.body)
+            main = relax.Function([*main.params, *weights], body, main.ret_ty, attrs=main.attrs)
+            with self._block.function(LOAD, []):
+                with self._block.dataflow():
+                    made = self._block.emit_output(relax.Tuple([self._block.emit(call) for call in calls]))
+                self._block.emit_func_output(made)
         functions = dict(self._block.get().functions)
         return tvm.IRModule({**functions, "main": main})
 
@@ -123,7 +141,7 @@ class _Lowering(Rewriter):
             function = kernel.func.with_attr("op_pattern", OPAQUE).with_attr(KERNEL_ATTRIBUTE, kernel.macs)
             self.made[spec.name] = self._block.add_func(function, kernel.name), kernel
         function_name, kernel = self.made[spec.name]
-        waiting = {"input": list(tensors), "constant": [constant(c) for c in site.pack(spec)]}
+        waiting = {"input": list(tensors), "constant": self.constants(site, spec)}
         args = []
         for argument in kernel.arguments[:-1]:
             value = waiting[argument.role].pop(0)
@@ -132,6 +150,23 @@ class _Lowering(Rewriter):
         return self.emit(
             relax.call_tir(function_name, args, relax.TensorType(out.shape, out.dtype)), spec.name
         )
+
+    def constants(self, site: Site, spec: Any) -> list[Expr]:
+        """Constants of a call; weights that are unpacked at load are parameters."""
+        if site.planes is None:
+            return [constant(c) for c in site.pack(spec)]
+        packed = replace(spec, planes=site.planes)
+        weight, base, *rest = [constant(c) for c in site.pack(packed)]
+        unpack = Unpack(packed)
+        if unpack.name not in self.made:
+            kernel = unpack.kernel()
+            function = kernel.func.with_attr("op_pattern", OPAQUE).with_attr(KERNEL_ATTRIBUTE, 0)
+            self.made[unpack.name] = self._block.add_func(function, kernel.name), kernel
+        out = unpack.arguments()[-1]
+        type_ = relax.TensorType(out.shape, out.dtype)
+        call = relax.call_tir(self.made[unpack.name][0], [weight, base], type_)
+        self.loaded.append((relax.Var(f"weight_{len(self.loaded)}", type_), call))
+        return [self.loaded[-1][0], *rest]
 
     def shaped(self, value: Expr, shape: tuple[int, ...]) -> Expr:
         """`value` as another shape of the same elements: no copy, and none of the reshapes on the way."""
@@ -151,7 +186,7 @@ class _Lowering(Rewriter):
         codes = [value_of(rest.pop(4)).reshape(-1) for _ in range(2)] if epilogue == "codes" else []
         inner = inner_scales([value_of(a) for a in rest[4:]])
         partial = inner if isinstance(inner, Partial) else None
-        out = _output(info)
+        out, planes = _output(info), WeightPlanes.of(weight)
         spec = Linear(
             self.isa,
             m=math.prod(shape_of(x)[:-1]),
@@ -166,7 +201,7 @@ class _Lowering(Rewriter):
             multiples=isinstance(inner, Multiples),
             row_scales=partial is not None and partial.row_multiplier is not None,
             row_zero_points=partial is not None and partial.row_zero_point is not None,
-            planes=WeightPlanes.of(weight) if self.packed else None,
+            planes=planes if self.packed else None,
         )
         zeros = zero if zero.size > 1 else int(zero.reshape(-1)[0])
 
@@ -174,7 +209,7 @@ class _Lowering(Rewriter):
             constants = spec.pack(weight, bias, multiplier, zeros, inner)
             return constants + (spec.pack_codes(*codes) if codes else [])
 
-        return self.call_kernel(Site(spec, node, pack), [x, *extra])
+        return self.call_kernel(Site(spec, node, pack, None if self.packed else planes), [x, *extra])
 
     def group_linear(
         self, node: Call, info: dict[str, Any], extra: list[Expr], constants: list[Array]

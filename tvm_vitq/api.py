@@ -128,6 +128,7 @@ def compile(
     target: Any = "llvm",
     *,
     tuning_logs: str | os.PathLike[str] | bool | None = None,
+    weights: str = "packed",
 ) -> Library:
     """Compile a quantized model to a library for one target.
 
@@ -137,6 +138,8 @@ def compile(
     tuning_logs : records of `tune`: a file, a folder of them, or a folder of folders by target. None: those
         in ``./tuning_logs`` and those of the package, where they are for this target; False: none. The report
         says of every kernel whether it is tuned. No schedule changes a result.
+    weights : those of fewer than 8 bits are stored in as many; "packed": kernels unpack them as they go;
+        "unpacked": they are unpacked once, when the library is loaded, and take a byte each in memory.
     target : see tvm_vitq.targets.parse: "llvm" is this machine with all its instructions;
         "llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a76" cross-compiles.
 
@@ -146,7 +149,7 @@ def compile(
     """
     from tvm_vitq.compiler import compile_library
 
-    return compile_library(quantized, target, tuning_logs)
+    return compile_library(quantized, target, tuning_logs, weights)
 
 
 def build(
@@ -154,14 +157,17 @@ def build(
     target: Any = "llvm",
     *,
     tuning_logs: str | os.PathLike[str] | bool | None = None,
+    weights: str = "packed",
     **options: Any,
 ) -> Library:
-    """Quantize and compile in one call; `options` are those of `quantize`."""
+    """Quantize and compile in one call; `tuning_logs` and `weights` as of `compile`, `options` as of
+    `quantize`.
+    """
     from tvm_vitq.targets import parse
     from tvm_vitq.tuning.apply import find_runs
 
     find_runs(parse(target), tuning_logs)  # what is malformed is told before the long work
-    return compile(quantize(model, **options), target, tuning_logs=tuning_logs)
+    return compile(quantize(model, **options), target, tuning_logs=tuning_logs, weights=weights)
 
 
 def tune(

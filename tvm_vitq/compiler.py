@@ -11,6 +11,7 @@ import tvm
 from tvm import relax
 
 from tvm_vitq import settings
+from tvm_vitq.errors import VitqError
 from tvm_vitq.library_format import LibraryInfo
 from tvm_vitq.pipeline import lower_passes, run_passes
 from tvm_vitq.quantized_model import QuantizedModel
@@ -23,13 +24,22 @@ from tvm_vitq.tuning.apply import TunedSchedules, find_runs
 PACKAGES = ("tvm-vitq", "apache-tvm", "apache-tvm-ffi", "torch", "timm", "numpy")
 
 
-def compile_library(quantized: QuantizedModel, target: Any, tuning_logs: Any = None) -> Library:
+WEIGHTS = ("packed", "unpacked")
+
+
+def compile_library(
+    quantized: QuantizedModel, target: Any, tuning_logs: Any = None, weights: str = "packed"
+) -> Library:
     """See tvm_vitq.compile."""
+    if weights not in WEIGHTS:
+        raise VitqError(
+            "no such form of weights", where="weights", got=weights, expected=" or ".join(WEIGHTS)
+        )
     profile = parse(target)
     schedules = TunedSchedules(find_runs(profile, tuning_logs))
     start = time.perf_counter()
     with profile.target:
-        lowered = run_passes(quantized.mod, lower_passes(profile, schedules), first=1)
+        lowered = run_passes(quantized.mod, lower_passes(profile, schedules, weights == "packed"), first=1)
     executable = relax.build(lowered, target=profile.target, relax_pipeline=_after_kernels())
     seconds = time.perf_counter() - start
     report = build_report(quantized, lowered, executable, profile, seconds, schedules)

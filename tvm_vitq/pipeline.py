@@ -23,6 +23,7 @@ from tvm_vitq.relax_passes.lower_kernels import Choose, default_schedule, lower_
 from tvm_vitq.relax_passes.realize import realize
 from tvm_vitq.relax_passes.schedule_rest import schedule_rest
 from tvm_vitq.relax_passes.verify import verify
+from tvm_vitq.runtime import LOAD
 from tvm_vitq.targets import TargetProfile
 
 Pass = Callable[[tvm.IRModule], tvm.IRModule]
@@ -53,9 +54,15 @@ def lower_passes(
         ("annotate_patterns", relax.transform.AnnotateTIROpPattern()),
         ("fuse_ops", relax.transform.FuseOps()),
         ("fuse_tir", relax.transform.FuseTIR()),
-        ("dead_code", relax.transform.DeadCodeElimination(["main"])),
+        ("dead_code", _dead_code),
         ("schedule_rest", schedule_rest),
     ]
+
+
+def _dead_code(mod: tvm.IRModule) -> tvm.IRModule:
+    """Drops what neither of the functions that a library is called by needs."""
+    names = {gvar.name_hint for gvar in mod.functions}
+    return relax.transform.DeadCodeElimination([name for name in ("main", LOAD) if name in names])(mod)
 
 
 def run_passes(mod: tvm.IRModule, passes: list[tuple[str, Pass]], first: int = 0) -> tvm.IRModule:

@@ -31,6 +31,9 @@ CODE_BYTES = 8 << 20
 
 _ELSEWHERE = "free some space, or set TMPDIR to another folder"
 
+LOAD = "vitq_load"
+"""Function of a library that unpacks its weights; `main` takes them behind its input."""
+
 _CPU, _POOLED = 1, 2  # kDLCPU; AllocatorType::kPooled
 
 
@@ -320,8 +323,17 @@ class Library:
             module = ffi.runtime().load_module(str(self._linked().resolve()))
             self._vm = module["vm_load_executable"]()
             self._vm["vm_initialization"](_CPU, 0, _POOLED)
-            self._main = self._vm["main"]
+            main, weights = self._vm["main"], self._load_weights()
+            self._main = main if not weights else lambda x: main(x, *weights)
         return self._main
+
+    def _load_weights(self) -> list[Any]:
+        """What `main` takes behind its input: weights that were unpacked for this process."""
+        try:
+            load = self._vm[LOAD]
+        except AttributeError:
+            return []
+        return list(load())
 
 
 def load_library(path: str | os.PathLike[str], *, num_threads: int = 0) -> Library:
