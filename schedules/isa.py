@@ -42,7 +42,7 @@ class Tile:
 
     rows: int
     columns: int
-    block_rows: int = 192
+    block_rows: int = 208
     unroll: int = 1
 
     @property

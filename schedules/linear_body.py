@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from tvm_vitq.schedules.linear import Linear
 
 
+TASKS = 6
+"""Of a product, at least, where it has so many tiles: few large ones leave threads without work at the end."""
+
+
 class LinearBody:
     """The body of the kernel.
 
@@ -29,11 +33,19 @@ class LinearBody:
         self.spec, self.b, self.isa = spec, buffers, spec.target
         self.rows = Split.of(spec.m, spec.tiles.rows)
         self.panels = Split.of(packing.padded(spec.n, GROUP) // GROUP, spec.tiles.columns // GROUP)
-        self.blocks = Split.of(self.rows.count, max(1, spec.tiles.block_rows // spec.tiles.rows))
+        self.blocks = Split.of(self.rows.count, self._block_tiles())
         self.groups = max(spec.groups, 1)
         self.left: Expr = buffers["x"]
         self.weight: Expr = buffers["weight"]  # all panels, or the current one where weights are packed
         self.first_row: Expr = 0  # what rows are counted from
+
+    def _block_tiles(self) -> int:
+        """Row tiles of a block: those of the schedule, or fewer by default, so that there are `TASKS`."""
+        most = max(1, self.spec.tiles.block_rows // self.spec.tiles.rows)
+        if self.spec.tile is None:
+            blocks = tir.ceildiv(TASKS, self.panels.count)
+            most = min(most, tir.ceildiv(self.rows.count, blocks))
+        return most
 
     def emit(self) -> None:
         if self.spec.staged:

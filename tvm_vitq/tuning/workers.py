@@ -7,7 +7,6 @@ candidate that crashes or hangs takes its worker with it, not the run.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +114,6 @@ def _opened(device: Device) -> Iterator[tuple[Any, Any, Any]]:
 
 def start() -> None:
     """Prepares a worker: imports before the first candidate's time limit runs."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     import tvm  # noqa: F401
 
     from tvm_vitq.schedules import attention, linear  # noqa: F401
