@@ -66,6 +66,19 @@ class GroupLinear(Linear):
         )
         return (*own, *known)
 
+    def parts(self, columns: int) -> list[tuple[int, int]]:
+        """(start, width) of what one register holds of a channel's weights in a panel."""
+        pieces = tir.pieces(columns, 4 * self.target.lanes)
+        return [(start + i * width, width) for start, count, width in pieces for i in range(count)]
+
+    def _stored(self, columns: int) -> Array:
+        """The column at each place of a channel's weights: `tir.interleave_parts` puts all in order."""
+        step, order = self.target.step, []
+        for start, width in self.parts(columns):
+            places = np.arange(start, start + width).reshape(step, width // 16, 16 // step)
+            order.append(places.transpose(1, 0, 2).reshape(-1))
+        return np.concatenate(order)
+
     def pack_groups(
         self,
         weight: Array,
@@ -77,13 +90,14 @@ class GroupLinear(Linear):
     ) -> list[Array]:
         """The constants of numerics_groups.int_group_linear as this kernel's arguments.
 
-        Weights are panels of ``[K + 1][columns]``: a channel's weights lie side by side, to be copied to the
-        channel's place; the last row is zeros, for padding.
+        Weights are panels of ``[K + 1][columns]``: a channel's weights lie side by side (in the order of
+        `_stored`), to be copied to the channel's place; the last row is zeros, for padding.
         """
         full = np.zeros((packing.padded(self.n, GROUP), self.k + 1), np.int8)
         full[: self.n, : self.k] = weight
         ends = np.cumsum(packing.panel_widths(self.n, self.tiles.columns))[:-1]
-        rows = np.concatenate([panel.T.reshape(-1) for panel in np.split(full, ends)])
+        panels = np.split(full, ends)
+        rows = np.concatenate([panel[self._stored(len(panel))].T.reshape(-1) for panel in panels])
         scales = np.stack([packing.pack_columns(row, self.n, "float32") for row in group_multiplier])
         arrays = [rows, scales, np.asarray(code_zero, np.int32), packing.pack_columns(bias, self.n, "int32")]
         arrays.append(packing.pack_multiplier(multiplier, self.n, self.out))

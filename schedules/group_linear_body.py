@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tvm_vitq.schedules import tir
 from tvm_vitq.schedules.delayed_lookup import DelayedLookup
-from tvm_vitq.schedules.isa import Left, Sink
+from tvm_vitq.schedules.isa import Left, Side, Sink, Start
 from tvm_vitq.schedules.kernel import Split
 from tvm_vitq.schedules.linear_body import LinearBody
 from tvm_vitq.schedules.packing import GROUP
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 BLOCK_ROWS = 512
 """Rows for which a panel of weights is gathered once, or more where the tile's own blocks are larger."""
+
+
+CACHE_LINE = 64
+"""Bytes."""
 
 
 class GroupLinearBody(LinearBody):
@@ -69,10 +73,10 @@ class GroupLinearBody(LinearBody):
         end = tir.let(self._entry(layout.starts + self.spec.choices) * (self.isa.unit // step))
         with TB.serial(0, end) as i:
             rows = [tir.let(base + self._entry(layout.order + i * step + j) * columns) for j in range(step)]
-            for c in range(0, columns, GROUP):
-                vectors = [tir.let(tir.load(self.b["weight"], row + c, GROUP)) for row in rows]
-                packed = tir.interleave(vectors, GROUP)
-                tir.store(self.panel, packed, i * (columns * step) + c * step, GROUP * step)
+            for c, width in self.spec.parts(columns):
+                vectors = [tir.let(tir.load(self.b["weight"], row + c, width)) for row in rows]
+                for v, packed in enumerate(tir.interleave_parts(vectors, width)):
+                    tir.store(self.panel, packed, i * (columns * step) + c * step + v * width, width)
 
     def _starts(self, columns: int) -> None:
         """What each group's product is too small by: its zero point, and what the instruction adds to codes,
@@ -86,12 +90,19 @@ class GroupLinearBody(LinearBody):
             def sink(r: int, c: Expr, value: Expr, lanes: int) -> None:
                 tir.store(self.start, value * tir.splat(-excess, lanes), group * columns + c, lanes)
 
-            self._group(group, columns, 1, lambda _, __, n: tir.constant(1, ones, n), sink, None)
+            self._group(group, columns, 1, lambda _, __, n: tir.constant(1, ones, n), sink)
 
     def _group(
-        self, group: Expr, columns: int, rows: int, left: Left, sink: Sink, lookup: DelayedLookup | None
+        self,
+        group: Expr,
+        columns: int,
+        rows: int,
+        left: Left,
+        sink: Sink,
+        side: Side | None = None,
+        start: Start | None = None,
     ) -> None:
-        """Products of one group; `left` takes positions."""
+        """Products of one group; `left` takes positions, `side` iterations of all groups."""
         layout = self.spec.layout
         first = tir.let(self._entry(layout.starts + group))
         count = tir.let(self._entry(layout.starts + group + 1) - first)
@@ -104,16 +115,24 @@ class GroupLinearBody(LinearBody):
         def shifted(r: int, k: Expr, n: int) -> Expr:
             return left(r, position + k, n)
 
-        depth = count * self.isa.unit
-        if lookup is None:
-            self.isa.matmul(rows, columns, depth, shifted, right, sink, "int8", False)
-            return
-        done = tir.let(first * self.isa.side_steps(columns, self.isa.unit))
+        options: dict[str, Any] = {} if start is None else {"start": start}
+        if side is not None:
+            done = tir.let(first * self.isa.side_steps(columns, self.isa.unit))
+            options["side"] = lambda i: side(done + i)
         self.isa.matmul(
-            rows, columns, depth, shifted, right, sink, "int8", False, lambda i: lookup.step(done + i)
+            rows, columns, count * self.isa.unit, shifted, right, sink, "int8", False, **options
         )
 
+    def _fetch_ahead(self, row: Expr, column: Expr, columns: int) -> None:
+        """Asks for a share of the next panel's weights: gathering them has nothing else to do meanwhile."""
+        lines = tir.ceildiv((self.spec.k + 1) * columns, CACHE_LINE)
+        share = tir.ceildiv(lines, min(self.rows.count, self.blocks.large))
+        base = tir.let((column + columns) * (self.spec.k + 1) + row // self.rows.large * (share * CACHE_LINE))
+        for i in range(share):
+            tir.prefetch(self.b["weight"], base + i * CACHE_LINE)
+
     def _tile(self, row: Expr, column: Expr, rows: int, columns: int, lookup: DelayedLookup | None) -> None:
+        self._fetch_ahead(row, column, columns)
         sums = tir.scratch(rows * columns, "int32")
         for i in range(0, rows * columns, GROUP):
             tir.store(sums, tir.constant(0, "int32"), i)
@@ -123,14 +142,19 @@ class GroupLinearBody(LinearBody):
 
         with TB.serial(0, self.spec.choices) as group:
 
+            def start(c: Expr, lanes: int) -> Expr:
+                return tir.load(self.start, group * columns + c, lanes)
+
             def sink(r: int, c: Expr, value: Expr, lanes: int) -> None:
-                value = value + tir.load(self.start, group * columns + c, lanes)
+                if not self.isa.has_start:
+                    value = value + start(c, lanes)
                 multiplier = tir.load(self.b["group_multiplier"], [group, column + c], lanes)
                 part = tir.rint(tir.cast(value, "float32", lanes) * multiplier, lanes)
                 at = r * columns + c
                 tir.store(sums, tir.load(sums, at, lanes) + part, at, lanes)
 
-            self._group(group, columns, rows, left, sink, lookup)
+            side = lookup.step if lookup is not None else None
+            self._group(group, columns, rows, left, sink, side, start if self.isa.has_start else None)
         if lookup is not None:
             lookup.write_previous()
         self._epilogue(sums, row, column, rows, columns, lookup)

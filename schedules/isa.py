@@ -27,6 +27,9 @@ Right = Callable[[Expr, int], Expr]
 Sink = Callable[[int, Expr, Expr, int], None]
 """``sink(row, column, value, lanes)`` receives int32 sums."""
 
+Start = Callable[[Expr, int], Expr]
+"""``start(column, lanes)``: what the sums of some columns start from, in every row."""
+
 Side = Callable[[Expr], None]
 """``side(i)`` emits statements into iteration i of the innermost loop, out of `Isa.side_steps`."""
 
@@ -76,6 +79,8 @@ class Isa:
         The one of products in groups, which keep a second set of sums; None: as `tile`.
     has_side : bool
         `matmul` takes `side`: its inner loop leaves issue slots for scalar work.
+    has_start : bool
+        `matmul` takes `start`: its sums are whole lanes, which need not start from 0.
     wide_left : bool
         Left operands are staged as int16, so that those of source "uint16" exist, less 2**15.
     permute : str or None
@@ -95,6 +100,7 @@ class Isa:
     tile: Tile
     group_tile: Tile | None = None
     has_side: bool = False
+    has_start: bool = False
     wide_left: bool = False
     permute: str | None = None
     saturating_rint: SaturatingRint | None = None
@@ -142,7 +148,7 @@ class Isa:
 
     def matmul(
         self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str,
-        full_range: bool, side: Side | None = None, unroll: int = 1,
+        full_range: bool, side: Side | None = None, unroll: int = 1, start: Start | None = None,
     ) -> None:  # fmt: skip
         """Emits the register tile ``rows x columns`` of a product over `depth` (a multiple of `unit`).
 
@@ -151,8 +157,12 @@ class Isa:
         """
         vectors = columns // self.lanes
         acc = [[tir.scratch(self.lanes, "int32") for _ in range(vectors)] for _ in range(rows)]
-        for buffer in (b for line in acc for b in line):
-            tir.store(buffer, tir.constant(0, "int32", self.lanes), 0, self.lanes)
+        for v in range(vectors):
+            value = tir.constant(0, "int32", self.lanes)
+            if start is not None:
+                value = tir.let(start(v * self.lanes, self.lanes))
+            for line in acc:
+                tir.store(line[v], value, 0, self.lanes)
         with tir.loop(depth // self.unit, unroll) as block:
             for k in range(0, self.unit, self.step):
                 base = block * (self.unit * columns) + k * columns

@@ -17,6 +17,7 @@ class Avx2(Isa):
     instruction = "vpmaddwd"
     unrolls = (1, 2, 4)
     wide_left = True
+    has_start = True
     tile = Tile(rows=4, columns=16)
     madd = "llvm.x86.avx2.pmadd.wd"
 

@@ -22,9 +22,10 @@ class Avx512Vnni(Isa):
     registers = 32
     unrolls = (1, 2, 4)
     has_side = True
+    has_start = True
     permute: str | None = "llvm.x86.avx512.permvar.hi.512"
     tile = Tile(rows=6, columns=64)
-    group_tile: Tile | None = Tile(rows=4, columns=48)  # both sets of sums fit the registers
+    group_tile: Tile | None = Tile(rows=3, columns=64)  # both sets of sums fit the registers
     dot_intrinsic = "llvm.x86.avx512.vpdpbusd.512"
 
     def left_dtype(self, source: str) -> str:

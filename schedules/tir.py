@@ -133,6 +133,14 @@ def add_lanes(value: Expr, dtype: str) -> Expr:
     return intrinsic("llvm.vector.reduce.add", dtype, value)
 
 
+def prefetch(buffer: Expr, index: Expr) -> None:
+    """Asks for the cache line of an element, which may lie beyond the end, in the second level cache."""
+    read, second_level, data = (tvm.tirx.const(v, "int32") for v in (0, 2, 1))
+    address = TB.address_of(buffer[index])
+    which = T.llvm_lookup_intrinsic_id("llvm.prefetch")
+    TB.evaluate(T.call_llvm_intrin(which, address, read, second_level, data, dtype="void"))
+
+
 def minimum(a: Expr, b: Expr) -> Expr:
     return tvm.tirx.Min(a, b)
 
@@ -203,6 +211,21 @@ def interleave(vectors: list[Expr], lanes: int) -> Expr:
         lanes *= 2
     count = len(vectors)
     return pick(vectors, [i * lanes + j for j in range(lanes) for i in range(count)])
+
+
+def interleave_parts(vectors: list[Expr], size: int) -> list[Expr]:
+    """As `interleave` of equally long vectors of `size` bytes, but by parts of 16: vector v holds, part after
+    part, piece v of the part's interleaved bytes. Only that takes one instruction for two whole registers.
+    """
+    half = len(vectors) // 2
+    low, high = (
+        [at + i for part in range(first, size, 16) for at in range(part, part + 8) for i in (0, size)]
+        for first in (0, 8)
+    )
+    for _ in range(half.bit_length()):
+        pairs = list(zip(vectors[:half], vectors[half:], strict=True))
+        vectors = [let(pick([a, b], lanes)) for a, b in pairs for lanes in (low, high)]
+    return vectors
 
 
 def transpose(vectors: list[Expr], lanes: int) -> list[Expr]:
