@@ -23,15 +23,20 @@ SPATIAL = 0  # tvm.tirx.IterVar.DataPar
 def schedule_default(func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
     """Schedule any function of spatial and reduction blocks for a CPU."""
     sch = Schedule(tvm.IRModule({"main": func}))
-    for block in _blocks(sch):
-        if _is_elementwise(sch, block) and all(_is_elementwise(sch, c) for c in sch.get_consumers(block)):
-            _inline(sch, block)
-    for block in _blocks(sch):
-        _schedule_block(sch, block)
+    inline_elementwise(sch)
+    for block in blocks_of(sch):
+        schedule_block(sch, block)
     return sch.mod["main"].with_attrs(dict(func.attrs))
 
 
-def _blocks(sch: Schedule) -> list[Any]:
+def inline_elementwise(sch: Schedule) -> None:
+    """Inlines elementwise blocks that only elementwise blocks read."""
+    for block in blocks_of(sch):
+        if is_elementwise(sch, block) and all(is_elementwise(sch, c) for c in sch.get_consumers(block)):
+            _inline(sch, block)
+
+
+def blocks_of(sch: Schedule) -> list[Any]:
     return list(sch.get_child_blocks(sch.get_sblock("root")))
 
 
@@ -39,7 +44,7 @@ def _kinds(sch: Schedule, block: Any) -> list[int]:
     return [int(v.iter_type) for v in sch.get(block).iter_vars]
 
 
-def _is_elementwise(sch: Schedule, block: Any) -> bool:
+def is_elementwise(sch: Schedule, block: Any) -> bool:
     return all(kind == SPATIAL for kind in _kinds(sch, block))
 
 
@@ -51,17 +56,22 @@ def _inline(sch: Schedule, block: Any) -> None:
         return
 
 
+def loops_by_kind(sch: Schedule, block: Any) -> tuple[list[Any], list[Any]]:
+    """Spatial and reduction loops of a block that is not scheduled yet."""
+    pairs = list(zip(sch.get_loops(block), _kinds(sch, block), strict=True))
+    return [v for v, kind in pairs if kind == SPATIAL], [v for v, kind in pairs if kind != SPATIAL]
+
+
 def _extent(sch: Schedule, loops: list[Any]) -> int:
     return math.prod(int(sch.get(loop).extent) for loop in loops)
 
 
-def _schedule_block(sch: Schedule, block: Any) -> None:
-    loops, kinds = list(sch.get_loops(block)), _kinds(sch, block)
-    if not loops or len(loops) != len(kinds):
+def schedule_block(sch: Schedule, block: Any) -> None:
+    """Lanes, registers and threads for one block with loops of its own."""
+    if not sch.get_loops(block) or len(sch.get_loops(block)) != len(_kinds(sch, block)):
         return  # a scalar
-    spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == SPATIAL]
-    reduction = [loop for loop, kind in zip(loops, kinds, strict=True) if kind != SPATIAL]
-    work = _extent(sch, loops)
+    spatial, reduction = loops_by_kind(sch, block)
+    work = _extent(sch, [*spatial, *reduction])
     if not spatial:
         return  # one number; the order of its sum is the program's
     outer, vector = _split_lanes(sch, spatial)
@@ -71,16 +81,16 @@ def _schedule_block(sch: Schedule, block: Any) -> None:
     fused = sch.fuse(*outer) if outer else None
     if sums is not None and fused is not None:
         sch.reverse_compute_at(sums, fused)
-        _write_out(sch, sch.get_loops(sums)[1:], bool(vector))
+        write_out(sch, sch.get_loops(sums)[1:], bool(vector))
     if fused is not None and work >= PARALLEL_FROM:
         sch.parallel(fused)
-    _write_out(sch, [*register, *vector], bool(vector))
+    write_out(sch, [*register, *vector], bool(vector))
     if reduction:
         initial = sch.decompose_reduction(block, reduction[0])
-        _write_out(sch, sch.get_loops(initial)[0 if fused is None else 1 :], bool(vector))
+        write_out(sch, sch.get_loops(initial)[0 if fused is None else 1 :], bool(vector))
 
 
-def _write_out(sch: Schedule, loops: list[Any], lanes: bool) -> None:
+def write_out(sch: Schedule, loops: list[Any], lanes: bool) -> None:
     """Unrolls all loops; with `lanes` the last one becomes a vector."""
     for loop in loops[: len(loops) - lanes]:
         sch.unroll(loop)

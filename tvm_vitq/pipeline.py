@@ -16,6 +16,7 @@ from tvm import relax
 
 from tvm_vitq import settings
 from tvm_vitq.plan import QuantPlan
+from tvm_vitq.relax_passes.channels_last import channels_last
 from tvm_vitq.relax_passes.decompose_canonical import decompose_canonical
 from tvm_vitq.relax_passes.fuse_epilogues import fuse_epilogues
 from tvm_vitq.relax_passes.fuse_views import fuse_views
@@ -42,6 +43,7 @@ def lower_passes(
     """
     return [
         ("decompose_canonical", decompose_canonical()),  # what realize left in float
+        ("channels_last", channels_last),
         ("fuse_epilogues", fuse_epilogues),
         ("fuse_views", fuse_views),
         ("lower_kernels", lambda mod: lower_kernels(mod, profile, choose, packed)),
