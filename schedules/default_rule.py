@@ -17,6 +17,11 @@ MAX_SUMS = 8
 PARALLEL_FROM = 1 << 14
 """Loop iterations from which starting threads pays: about 10 us of work."""
 
+TASKS = 64
+"""Iterations of the parallel loop that are enough; loops further in stay as they are, so that nothing is divided
+per element to find where it lies.
+"""
+
 SPATIAL = 0  # tvm.tirx.IterVar.DataPar
 
 
@@ -78,16 +83,22 @@ def schedule_block(sch: Schedule, block: Any) -> None:
     outer, register = _split_registers(sch, outer) if reduction else (outer, [])
     sums = sch.cache_write(block, 0, "local") if reduction else None
     sch.reorder(*outer, *reduction, *register, *vector)
-    fused = sch.fuse(*outer) if outer else None
-    if sums is not None and fused is not None:
-        sch.reverse_compute_at(sums, fused)
-        write_out(sch, sch.get_loops(sums)[1:], bool(vector))
-    if fused is not None and work >= PARALLEL_FROM:
-        sch.parallel(fused)
+    outer = _fuse_tasks(sch, outer)
+    if sums is not None and outer:
+        sch.reverse_compute_at(sums, outer[-1])
+        write_out(sch, sch.get_loops(sums)[len(outer) :], bool(vector))
+    if outer and work >= PARALLEL_FROM:
+        sch.parallel(outer[0])
     write_out(sch, [*register, *vector], bool(vector))
     if reduction:
         initial = sch.decompose_reduction(block, reduction[0])
-        write_out(sch, sch.get_loops(initial)[0 if fused is None else 1 :], bool(vector))
+        write_out(sch, sch.get_loops(initial)[len(outer) :], bool(vector))
+
+
+def _fuse_tasks(sch: Schedule, outer: list[Any]) -> list[Any]:
+    """The outermost loops as one, as many as it takes for TASKS iterations."""
+    count = next((n for n in range(1, len(outer)) if _extent(sch, outer[:n]) >= TASKS), len(outer))
+    return [sch.fuse(*outer[:count]), *outer[count:]] if outer else []
 
 
 def write_out(sch: Schedule, loops: list[Any], lanes: bool) -> None:

@@ -28,7 +28,7 @@ from tvm_vitq.schedules.default_rule import (
 MAX_SUMS = 14
 """Vectors of sums: their buffer has to stay below 1 KiB to live on the stack, hence in registers."""
 
-WRITTEN_OUT = 256
+WRITTEN_OUT = 128
 """Multiply-adds of vectors that the innermost window loops are written out to."""
 
 
