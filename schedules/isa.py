@@ -39,7 +39,7 @@ class Tile:
     """Tile sizes of a matrix product: plain data, so that tuning can sample them.
 
     rows, columns : the register tile; columns is a multiple of 16.
-    block_rows : rows that one task computes for one panel of columns.
+    block_rows : rows that one task computes for one panel of columns, or fewer for the sake of more tasks.
     unroll : iterations of the innermost loop that are written out.
     """
 

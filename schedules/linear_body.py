@@ -40,12 +40,10 @@ class LinearBody:
         self.first_row: Expr = 0  # what rows are counted from
 
     def _block_tiles(self) -> int:
-        """Row tiles of a block: those of the schedule, or fewer by default, so that there are `TASKS`."""
-        most = max(1, self.spec.tiles.block_rows // self.spec.tiles.rows)
-        if self.spec.tile is None:
-            blocks = tir.ceildiv(TASKS, self.panels.count)
-            most = min(most, tir.ceildiv(self.rows.count, blocks))
-        return most
+        """Row tiles of a block: those of the schedule, or fewer, so that there are `TASKS`."""
+        blocks = tir.ceildiv(TASKS, self.panels.count)
+        asked = max(1, self.spec.tiles.block_rows // self.spec.tiles.rows)
+        return min(asked, tir.ceildiv(self.rows.count, blocks))
 
     def emit(self) -> None:
         if self.spec.staged:

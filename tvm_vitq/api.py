@@ -163,10 +163,12 @@ def build(
     """Quantize and compile in one call; `tuning_logs` and `weights` as of `compile`, `options` as of
     `quantize`.
     """
+    from tvm_vitq.compiler import check_weights
     from tvm_vitq.targets import parse
     from tvm_vitq.tuning.apply import find_runs
 
     find_runs(parse(target), tuning_logs)  # what is malformed is told before the long work
+    check_weights(weights)
     return compile(quantize(model, **options), target, tuning_logs=tuning_logs, weights=weights)
 
 

@@ -25,16 +25,14 @@ PACKAGES = ("tvm-vitq", "apache-tvm", "apache-tvm-ffi", "torch", "timm", "numpy"
 
 
 WEIGHTS = ("packed", "unpacked")
+"""Forms of weights below 8 bits, see tvm_vitq.compile."""
 
 
 def compile_library(
     quantized: QuantizedModel, target: Any, tuning_logs: Any = None, weights: str = "packed"
 ) -> Library:
     """See tvm_vitq.compile."""
-    if weights not in WEIGHTS:
-        raise VitqError(
-            "no such form of weights", where="weights", got=weights, expected=" or ".join(WEIGHTS)
-        )
+    check_weights(weights)
     profile = parse(target)
     schedules = TunedSchedules(find_runs(profile, tuning_logs))
     start = time.perf_counter()
@@ -55,6 +53,14 @@ def compile_library(
         report=report,
     )
     return Library(info, executable=executable)
+
+
+def check_weights(weights: str) -> None:
+    """VitqError unless it is one of `WEIGHTS`."""
+    if weights not in WEIGHTS:
+        raise VitqError(
+            "no such form of weights", where="weights", got=weights, expected=" or ".join(WEIGHTS)
+        )
 
 
 def _show(profile: TargetProfile, lowered: tvm.IRModule, executable: Any, report: dict[str, Any]) -> None:

@@ -22,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="library to write (.so)")
     options.add_tuning_logs(parser)
+    parser.add_argument(
+        "--weights",
+        default="packed",
+        help="below 8 bits: packed (default), unpacked by the kernels as they go; or unpacked, once, when the "
+        "library is loaded",
+    )
     options.add_quantization(parser)
 
 
@@ -33,14 +39,12 @@ def run(arguments: argparse.Namespace) -> Outcome:
     from tvm_vitq.render import report_text
 
     check_writable(arguments.output)
-    logs = options.tuning_logs(arguments)
+    made = {"tuning_logs": options.tuning_logs(arguments), "weights": arguments.weights}
     if is_artifact(arguments.model):
         options.refuse_quantization(arguments)
-        library = tvm_vitq.compile(open_model(arguments.model), arguments.target, tuning_logs=logs)
+        library = tvm_vitq.compile(open_model(arguments.model), arguments.target, **made)
     else:
-        library = tvm_vitq.build(
-            arguments.model, arguments.target, tuning_logs=logs, **options.quantization(arguments)
-        )
+        library = tvm_vitq.build(arguments.model, arguments.target, **made, **options.quantization(arguments))
     path = library.export_library(arguments.output)
     data = {**library.report, "output": str(path), "file_bytes": path.stat().st_size}
     return Outcome(data, report_text(data))
