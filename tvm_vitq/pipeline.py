@@ -15,16 +15,17 @@ import tvm
 from tvm import relax
 
 from tvm_vitq import settings
+from tvm_vitq.library_format import LOAD
 from tvm_vitq.plan import QuantPlan
 from tvm_vitq.relax_passes.channels_last import channels_last
 from tvm_vitq.relax_passes.decompose_canonical import decompose_canonical
 from tvm_vitq.relax_passes.fuse_epilogues import fuse_epilogues
 from tvm_vitq.relax_passes.fuse_views import fuse_views
+from tvm_vitq.relax_passes.legalize_activations import LEGALIZATIONS
 from tvm_vitq.relax_passes.lower_kernels import Choose, default_schedule, lower_kernels
 from tvm_vitq.relax_passes.realize import realize
 from tvm_vitq.relax_passes.schedule_rest import schedule_rest
 from tvm_vitq.relax_passes.verify import verify
-from tvm_vitq.runtime import LOAD
 from tvm_vitq.targets import TargetProfile
 
 Pass = Callable[[tvm.IRModule], tvm.IRModule]
@@ -48,7 +49,7 @@ def lower_passes(
         ("fuse_views", fuse_views),
         ("lower_kernels", lambda mod: lower_kernels(mod, profile, choose, packed)),
         ("decompose", relax.transform.DecomposeOpsForInference()),
-        ("legalize", relax.transform.LegalizeOps()),
+        ("legalize", relax.transform.LegalizeOps(LEGALIZATIONS)),
         (
             "free_reshapes",
             relax.transform.RewriteDataflowReshape(),
