@@ -18,12 +18,12 @@ from tvm import relax
 from tvm.ir import Call, Expr
 
 from tvm_vitq.graph import value_of
+from tvm_vitq.library_format import LOAD
 from tvm_vitq.numerics import Array, Multiples, Output, Partial, inner_scales
 from tvm_vitq.numerics_groups import GroupQuantizers
 from tvm_vitq.ops import attrs, dtype_of, op_name, probabilities_of, shape_of
 from tvm_vitq.relax_passes.lower_elementwise import EXPRESSIONS, operands
 from tvm_vitq.relax_passes.rewriter import Rewriter, constant
-from tvm_vitq.runtime import LOAD
 from tvm_vitq.schedules.attention import Attention, View
 from tvm_vitq.schedules.group_codes import GroupCodes
 from tvm_vitq.schedules.group_linear import GroupLinear

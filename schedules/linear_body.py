@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 TASKS = 6
-"""Of a product, at least, where it has so many tiles: few large ones leave threads without work at the end."""
+"""Of a product, at least, where it has so many tiles: few large ones leave threads idle at the end."""
 
 
 class LinearBody:

@@ -40,7 +40,7 @@ def test_every_form_gives_the_reference(quantize, bits, form, tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_libraries_are_as_small_as_the_bits_say(quantize, form, tmp_path):
-    """A weight less of 8 - b bits; everything else is the same, but for the code that unpacks: a tenth here."""
+    """A weight less of 8 - b bits; the code that unpacks is a tenth of these."""
     sizes = {
         bits: tvm_vitq.compile(quantize(bits), weights=form).export_library(tmp_path / bits).stat().st_size
         for bits in ("w8a8", "w4a8", "w2a8")

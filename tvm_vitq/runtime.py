@@ -21,7 +21,7 @@ import numpy as np
 
 from tvm_vitq import cpu, ffi, library_format, linker, settings
 from tvm_vitq.errors import VitqError
-from tvm_vitq.library_format import LibraryInfo
+from tvm_vitq.library_format import LOAD, LibraryInfo
 
 ALIGNMENT = 64
 """Bytes: TVM's vector loads assume it of every tensor (kAllocAlignment), NumPy promises only 16."""
@@ -30,9 +30,6 @@ CODE_BYTES = 8 << 20
 """More than the code of any model takes while it is linked."""
 
 _ELSEWHERE = "free some space, or set TMPDIR to another folder"
-
-LOAD = "vitq_load"
-"""Function of a library that unpacks its weights; `main` takes them behind its input."""
 
 _CPU, _POOLED = 1, 2  # kDLCPU; AllocatorType::kPooled
 
