@@ -27,14 +27,14 @@ from tvm_vitq.errors import VitqError
 from tvm_vitq.files import written_whole
 from tvm_vitq.targets import TargetProfile
 
+LOAD = "vitq_load"
+"""Function of a library that unpacks its weights; `main` takes them behind its input."""
+
 VERSION = 1
 MAGIC = b"VITQLIB\0"
 TRAILER = struct.Struct("<QQII8s")
 # e_ident to e_machine: magic, class, ..., e_type (u16 at 16), e_machine (u16 at 18); e_shoff u64 at 40,
 # e_shentsize u16 at 58, e_shnum u16 at 60 (System V ABI, 64-bit little-endian).
-LOAD = "vitq_load"
-"""Function of a library that unpacks its weights; `main` takes them behind its input."""
-
 _ELF_HEADER_BYTES = 64
 _REBUILD = "build and export the library again"
 

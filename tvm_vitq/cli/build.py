@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         default="packed",
-        help="below 8 bits: packed (default), unpacked by kernels as they go; or unpacked, once, when the library "
-        "is loaded",
+        help="below 8 bits: packed (default), which kernels unpack as they go; or unpacked, once, when the "
+        "library is loaded",
     )
     options.add_quantization(parser)
 
