@@ -10,10 +10,13 @@ from tvm_vitq.schedules.group_table import GroupLayout
 from tvm_vitq.schedules.isa import isa
 from tvm_vitq.schedules.kernel import Argument, Kernel, Split, kernel_name
 from tvm_vitq.schedules.requantize import requantize, zero_lanes
-from tvm_vitq.schedules.tir import TB, Expr
+from tvm_vitq.schedules.tir import LANES, TB, Expr
 
-ROWS = 4
-"""Rows whose codes move to their places together: a place is read once for all of them."""
+ROWS = 16
+"""Rows whose codes move to their places together: as bytes of one register."""
+
+WORDS = ROWS // 4
+"""The same in int32."""
 
 
 @dataclass(frozen=True)
@@ -77,23 +80,36 @@ class GroupCodes:
         return Kernel(self.name, tir.prim_func(self.name, emit), arguments)
 
     def _rows(self, b: dict[str, Expr], image: Expr, row: Expr, rows: int) -> None:
-        """Codes in the order of channels first: vectors; then one by one to their places."""
-        target, layout = isa(self.isa), self.layout
-        codes = [tir.scratch(self.k, target.left_dtype("int8")) for _ in range(rows)]
+        """Codes in the order of channels first, those of a channel side by side, so that each channel moves to
+        its place in one piece.
+        """
+        codes = tir.scratch((self.k + 1) * ROWS, "int8")  # padding moves the last piece, whatever it is
         for start, count, lanes in tir.pieces(self.k):
             with TB.serial(0, count) as i:
                 at = tir.let(start + i * lanes)
-                bits = tir.load(b["table"], [image, layout.multiplier + at], lanes)
-                multiplier = tir.let(tir.reinterpret(bits, "float32" if lanes == 1 else f"float32x{lanes}"))
-                point = tir.let(tir.load(b["table"], [image, layout.zero + at], lanes))
-                zero = zero_lanes(point, self.out, lanes, target.saturating_rint)
-                for r in range(rows):
-                    value = requantize(
-                        tir.load(b["x"], [row + r, at], lanes), multiplier, zero, self.out, lanes
-                    )
-                    code = target.convert_left(tir.cast(value, "int8", lanes), "int8", lanes)
-                    tir.store(codes[r], code, at, lanes)
-        with TB.serial(0, self.k) as c:
-            place = tir.let(tir.load(b["table"], [image, layout.place + c], 1))
-            for r in range(rows):
-                tir.store(b["out"], tir.load(codes[r], c, 1), [row + r, place], 1)
+                words = self._words(b, image, at, row, rows, lanes)
+                pieces = tir.reinterpret(tir.interleave(words, lanes), f"int8x{lanes * ROWS}")
+                tir.store(codes, pieces, at * ROWS, lanes * ROWS)
+        target = isa(self.isa)
+        with TB.serial(0, self.layout.positions // LANES) as i:
+            first = tir.let(i * LANES)
+            channels = [tir.load(b["table"], [image, self.layout.order + first + j], 1) for j in range(LANES)]
+            pieces = [tir.let(tir.load(codes, channel * ROWS, ROWS)) for channel in channels]
+            for r, line in enumerate(tir.transpose(pieces, ROWS)[:rows]):
+                tir.store(b["out"], target.convert_left(line, "int8", LANES), [row + r, first])
+
+    def _words(
+        self, b: dict[str, Expr], image: Expr, at: Expr, row: Expr, rows: int, lanes: int
+    ) -> list[Expr]:
+        """Codes of some channels, those of four rows in each int32 lane; 0 for rows that are missing."""
+        bits = tir.load(b["table"], [image, self.layout.multiplier + at], lanes)
+        multiplier = tir.let(tir.reinterpret(bits, "float32" if lanes == 1 else f"float32x{lanes}"))
+        point = tir.let(tir.load(b["table"], [image, self.layout.zero + at], lanes))
+        zero = zero_lanes(point, self.out, lanes, isa(self.isa).saturating_rint)
+        words: list[Expr] = [tir.constant(0, "int32", lanes)] * WORDS
+        for r in range(rows):
+            value = tir.load(b["x"], [row + r, at], lanes)
+            code = requantize(value, multiplier, zero, self.out, lanes)
+            byte = (code & tir.constant(255, "int32", lanes)) << tir.constant(r % 4 * 8, "int32", lanes)
+            words[r // 4] = tir.let(words[r // 4] | byte)
+        return words

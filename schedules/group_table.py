@@ -37,8 +37,8 @@ class GroupLayout:
 
     @property
     def positions(self) -> int:
-        """Most positions that groups and padding take."""
-        return (self.k + self.groups * (self.unit - 1)) // self.unit * self.unit
+        """Most positions that groups and padding take, as whole vectors."""
+        return packing.padded((self.k + self.groups * (self.unit - 1)) // self.unit * self.unit, packing.GROUP)
 
     @property
     def order(self) -> int:
