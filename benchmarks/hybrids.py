@@ -1,10 +1,11 @@
-"""Float operators of hybrid models, each against the same operator in ONNX Runtime; with --profile, whole models.
+"""Float operators of hybrid models against the same operators in ONNX Runtime; with --profile, whole models.
 
 python benchmarks/hybrids.py --models levit_128s mobilevit_xxs
 python benchmarks/hybrids.py --profile
 
-Convolutions and poolings that stay in float are cut out of the model and compiled alone. One thread, both sides in
-turns; times are processor time of that thread, so that other work on the machine costs precision, not truth.
+Convolutions and poolings that stay in float are cut out of the model and compiled alone. One thread, both
+sides in turns; times are processor time of that thread, so that other work on the machine costs precision,
+not truth.
 """
 
 from __future__ import annotations

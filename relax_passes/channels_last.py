@@ -1,5 +1,5 @@
-"""Moves image operators that stay in float to channels-last tensors, [N, H, W, C], and transposes past elementwise
-operators until they meet and cancel.
+"""Moves image operators that stay in float to channels-last tensors, [N, H, W, C], and transposes past
+elementwise operators until they meet and cancel.
 
 Linears on both sides of a convolution are channels-last already, so most transposes vanish; and with channels
 innermost every window operator runs in vectors over channels, whatever its stride and the width of its image.
@@ -15,7 +15,16 @@ from tvm_vitq.graph import Dataflow
 from tvm_vitq.ops import op_name, shape_of
 from tvm_vitq.relax_passes.canonicalize_views import canonicalize_views, permutation
 from tvm_vitq.relax_passes.lower_elementwise import EXPRESSIONS
-from tvm_vitq.relax_passes.rewriter import Call, Expr, Rewriter, constant, int_list, is_constant, layer_of, value_of
+from tvm_vitq.relax_passes.rewriter import (
+    Call,
+    Expr,
+    Rewriter,
+    constant,
+    int_list,
+    is_constant,
+    layer_of,
+    value_of,
+)
 
 TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 
@@ -39,6 +48,11 @@ def channels_last(mod: tvm.IRModule) -> tvm.IRModule:
 
 
 class _ChannelsLast(Rewriter):
+    def __init__(self) -> None:
+        super().__init__()
+        self._moved: dict[Expr, Expr] = {}
+        """Tensors with channels first that have been transposed."""
+
     def rewrite(self, call: Call, name: str) -> Expr | None:
         operator = op_name(call)
         if operator == "relax.permute_dims":
@@ -68,7 +82,11 @@ class _ChannelsLast(Rewriter):
         if is_constant(x):
             return constant(value_of(x).transpose(TO_LAST))
         inner = self.channels_first(x)
-        return self.emit(relax.op.permute_dims(x, TO_LAST), f"{layer_of(name)}:permute") if inner is None else inner
+        if inner is not None:
+            return inner
+        if x not in self._moved:
+            self._moved[x] = self.emit(relax.op.permute_dims(x, TO_LAST), f"{layer_of(name)}:permute")
+        return self._moved[x]
 
     def convolution(self, call: Call, name: str) -> Expr | None:
         x, weight = call.args

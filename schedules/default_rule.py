@@ -18,8 +18,8 @@ PARALLEL_FROM = 1 << 14
 """Loop iterations from which starting threads pays: about 10 us of work."""
 
 TASKS = 64
-"""Iterations of the parallel loop that are enough; loops further in stay as they are, so that nothing is divided
-per element to find where it lies.
+"""Iterations of the parallel loop that are enough; loops further in stay as they are, so that nothing is
+divided per element to find where it lies.
 """
 
 SPATIAL = 0  # tvm.tirx.IterVar.DataPar

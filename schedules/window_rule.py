@@ -1,9 +1,9 @@
 """The schedule of window operators on channels-last images: convolution, depthwise convolution, pooling.
 
 Lanes run over channels. A register tile is some pixels of a row by some vectors of channels: its sums stay in
-registers over the whole window, share the filter's loads (and, in a convolution, those of the image), and pass
-through the elementwise operators that follow before they are stored. Blocks of channels are the outermost loop, so
-that their filters stay in the cache. Every sum keeps its order: no schedule, no number of threads changes a value.
+registers over the whole window, share the filter's loads (in a convolution those of the image too), and pass
+through the elementwise operators that follow before they are stored. Blocks of channels are the outermost
+loop, so that their filters stay cached. Every sum keeps its order: no number of threads changes a value.
 """
 
 from __future__ import annotations

@@ -21,12 +21,16 @@ from tvm_vitq.relax_passes.channels_last import channels_last
 from tvm_vitq.relax_passes.decompose_canonical import decompose_canonical
 from tvm_vitq.relax_passes.fuse_epilogues import fuse_epilogues
 from tvm_vitq.relax_passes.fuse_views import fuse_views
-from tvm_vitq.relax_passes.legalize_activations import LEGALIZATIONS
+from tvm_vitq.relax_passes.legalize_activations import ACTIVATIONS
+from tvm_vitq.relax_passes.legalize_group_norm import legalize_group_norm
 from tvm_vitq.relax_passes.lower_kernels import Choose, default_schedule, lower_kernels
 from tvm_vitq.relax_passes.realize import realize
 from tvm_vitq.relax_passes.schedule_rest import schedule_rest
 from tvm_vitq.relax_passes.verify import verify
 from tvm_vitq.targets import TargetProfile
+
+LEGALIZATIONS = {**ACTIVATIONS, "relax.nn.group_norm": legalize_group_norm}
+"""In place of TVM's own."""
 
 Pass = Callable[[tvm.IRModule], tvm.IRModule]
 
