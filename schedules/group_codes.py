@@ -80,8 +80,8 @@ class GroupCodes:
         return Kernel(self.name, tir.prim_func(self.name, emit), arguments)
 
     def _rows(self, b: dict[str, Expr], image: Expr, row: Expr, rows: int) -> None:
-        """Codes in the order of channels first, those of a channel side by side, so that each channel moves to
-        its place in one piece.
+        """Codes in the order of channels first, those of a channel side by side: so each channel moves to its
+        place in one piece.
         """
         codes = tir.scratch((self.k + 1) * ROWS, "int8")  # padding moves the last piece, whatever it is
         for start, count, lanes in tir.pieces(self.k):

@@ -119,9 +119,7 @@ class GroupLinearBody(LinearBody):
         if side is not None:
             done = tir.let(first * self.isa.side_steps(columns, self.isa.unit))
             options["side"] = lambda i: side(done + i)
-        self.isa.matmul(
-            rows, columns, count * self.isa.unit, shifted, right, sink, "int8", False, **options
-        )
+        self.isa.matmul(rows, columns, count * self.isa.unit, shifted, right, sink, "int8", False, **options)
 
     def _fetch_ahead(self, row: Expr, column: Expr, columns: int) -> None:
         """Asks for a share of the next panel's weights: gathering them has nothing else to do meanwhile."""

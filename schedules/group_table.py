@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +12,12 @@ from tvm_vitq.numerics_groups import GroupQuantizers
 from tvm_vitq.schedules import packing, tir
 from tvm_vitq.schedules.isa import isa
 from tvm_vitq.schedules.kernel import Argument, Kernel, kernel_name
-from tvm_vitq.schedules.tir import TB, Expr
+from tvm_vitq.schedules.tir import LANES, TB, Expr
 
 Array = npt.NDArray
+
+ROWS = 8
+"""Rows that are read together: extremes are loaded and stored once for all of them."""
 
 DOUBLES = 8
 """float64 lanes of the choice of groups."""
@@ -26,7 +30,7 @@ class GroupLayout:
 
     k, groups, unit : channels, quantizers to choose from, granule of a group.
 
-    order : channel of each position, k in padding;  place : position of each channel;
+    order : channel of each position, k in padding;
     multiplier, zero : of each channel's quantizer, the former as the bits of a float32;
     starts : first iteration of each group, and behind the last one.
     """
@@ -38,19 +42,16 @@ class GroupLayout:
     @property
     def positions(self) -> int:
         """Most positions that groups and padding take, as whole vectors."""
-        return packing.padded((self.k + self.groups * (self.unit - 1)) // self.unit * self.unit, packing.GROUP)
+        units = (self.k + self.groups * (self.unit - 1)) // self.unit
+        return packing.padded(units * self.unit, packing.GROUP)
 
     @property
     def order(self) -> int:
         return 0
 
     @property
-    def place(self) -> int:
-        return packing.padded(self.positions, packing.GROUP)
-
-    @property
     def multiplier(self) -> int:
-        return self.place + packing.padded(self.k, packing.GROUP)
+        return self.positions
 
     @property
     def zero(self) -> int:
@@ -130,42 +131,58 @@ class _Table:
         self._sort()
 
     def _extremes(self) -> None:
-        """Smallest and largest value of each channel, row after row."""
-        first = tir.let(self.image * self.spec.tokens)
-        for start, count, lanes in tir.pieces(self.spec.k):
+        """Smallest and largest value of each channel, some rows at a time from the first to the last."""
+        tokens = self.spec.tokens
+        first = tir.let(self.image * tokens)
+        self._rows(first, min(tokens, ROWS), True)
+        with TB.serial(1, max(1, tokens // ROWS)) as i:
+            self._rows(tir.let(first + i * ROWS), ROWS, False)
+        if tokens > ROWS and tokens % ROWS:
+            self._rows(tir.let(first + tokens // ROWS * ROWS), tokens % ROWS, False)
+
+    def _rows(self, first: Expr, rows: int, start: bool) -> None:
+        """Extremes of some rows and, but for those that `start`, of what came before."""
+        for piece, count, lanes in tir.pieces(self.spec.k):
             with TB.serial(0, count) as i:
-                at = tir.let(start + i * lanes)
-                for ends in (self.least, self.largest):
-                    tir.store(ends, tir.load(self.b["x"], [first, at], lanes), at, lanes)
-        with TB.serial(1, self.spec.tokens) as row:
-            for start, count, lanes in tir.pieces(self.spec.k):
-                with TB.serial(0, count) as i:
-                    at = tir.let(start + i * lanes)
-                    value = tir.let(tir.load(self.b["x"], [first + row, at], lanes))
-                    for ends, better in ((self.least, tir.minimum), (self.largest, tir.maximum)):
-                        tir.store(ends, better(tir.load(ends, at, lanes), value), at, lanes)
+                at = tir.let(piece + i * lanes)
+                values = [tir.let(tir.load(self.b["x"], [first + r, at], lanes)) for r in range(rows)]
+                for ends, better in ((self.least, tir.minimum), (self.largest, tir.maximum)):
+                    known = values if start else [tir.load(ends, at, lanes), *values]
+                    tir.store(ends, functools.reduce(better, known), at, lanes)
 
     def _choose(self, at: Expr, lanes: int) -> None:
-        """Groups of some channels. Squares and sums are whole numbers below 2**53, exact in float64."""
+        """Groups of some channels, and what belongs to them. Squares and sums are whole numbers below 2**53,
+        exact in float64.
+        """
         least, largest = (
             tir.let(tir.cast(tir.load(ends, at, lanes), "float64", lanes))
             for ends in (self.least, self.largest)
         )
 
-        def wide(name: str, g: int) -> Expr:
-            value = tir.cast(tir.load(self.b[name], g, 1), "float64", 1)
+        def lanes_of(value: Expr) -> Expr:
             return value if lanes == 1 else tir.splat(value, lanes)
 
-        best, group = None, tir.constant(0, "int32", lanes)
+        def wide(name: str, g: int) -> Expr:
+            return lanes_of(tir.cast(tir.load(self.b[name], g, 1), "float64", 1))
+
+        def chosen(g: int) -> list[Expr]:
+            multiplier = tir.reinterpret(tir.load(self.b["multiplier"], g, 1), "int32")
+            numbers = (tir.constant(g, "int32", 1), multiplier, tir.load(self.b["zero_point"], g, 1))
+            return [tir.let(lanes_of(number)) for number in numbers]
+
+        best, group = None, chosen(0)
         for g in range(self.spec.groups):
             below, above = tir.let(least - wide("low", g)), tir.let(largest - wide("high", g))
             distance = tir.let(below * below + above * above)
             if best is None:
                 best = distance
                 continue
-            group = tir.let(tir.select(distance < best, tir.constant(g, "int32", lanes), group))
+            nearer = distance < best
+            group = [tir.let(tir.select(nearer, *pair)) for pair in zip(chosen(g), group, strict=True)]
             best = tir.let(tir.minimum(distance, best))
-        tir.store(self.group, group, at, lanes)
+        tir.store(self.group, group[0], at, lanes)
+        for value, start in zip(group[1:], (self.at.multiplier, self.at.zero), strict=True):
+            tir.store(self.b["out"], value, [self.image, start + at], lanes)
 
     def _sort(self) -> None:
         """Counts the groups, then deals the channels out to them in order."""
@@ -183,16 +200,13 @@ class _Table:
             tir.store(following, start * unit, g, 1)
             start = tir.let(start + (count + (unit - 1)) // unit)
         self._put(start, at.starts + spec.groups)
-        with TB.serial(0, at.positions) as p:
-            self._put(tir.constant(spec.k, "int32", 1), at.order + p)
+        with TB.serial(0, at.positions // LANES) as i:
+            tir.store(self.b["out"], tir.constant(spec.k, "int32"), [self.image, at.order + i * LANES])
         with TB.serial(0, spec.k) as c:
             g = tir.let(tir.load(self.group, c, 1))
             position = tir.let(tir.load(following, g, 1))
             tir.store(following, position + 1, g, 1)
             self._put(tir.cast(c, "int32", 1), at.order + position)
-            self._put(position, at.place + c)
-            self._put(tir.reinterpret(tir.load(self.b["multiplier"], g, 1), "int32"), at.multiplier + c)
-            self._put(tir.load(self.b["zero_point"], g, 1), at.zero + c)
 
     def _put(self, value: Expr, at: Expr) -> None:
         tir.store(self.b["out"], value, [self.image, at], 1)

@@ -29,8 +29,8 @@ def meant(case: Case, result: np.ndarray) -> np.ndarray:
     if case.name.startswith("codes_"):
         layout, table = case.spec.layout, case.inputs[1]
         rows = result.reshape(len(table), -1, layout.positions)
-        places = table[:, layout.place : layout.place + layout.k]
-        return np.stack([image[:, p] for image, p in zip(rows, places, strict=True)])
+        orders = table[:, : layout.positions]
+        return np.stack([image[:, p < layout.k] for image, p in zip(rows, orders, strict=True)])
     return result
 
 
