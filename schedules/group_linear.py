@@ -41,7 +41,9 @@ class GroupLinear(Linear):
 
     @property
     def most_depth(self) -> int:
-        return self.layout.positions
+        # A loop of a length known only at run time takes single units, one of whole registers perhaps several
+        # at once. One unit more is no number of whole registers, so that all units are counted.
+        return self.layout.positions + self.target.unit
 
     @property
     def staged(self) -> bool:
