@@ -16,7 +16,7 @@ setup(
     package_data={
         "tvm_vitq": ["py.typed"],
         "tvm_vitq.refmodels": ["data/*"],
-        "tvm_vitq.tuning_logs": ["**/*.json", "**/*.md"],
+        "tvm_vitq.tuning_logs": ["**/*.jsonl"],
         "tvm_vitq.deploy": ["*.cc", "*.h", "*.md", "CMakeLists.txt"],
     },
 )

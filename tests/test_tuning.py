@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tvm_vitq
-from tvm_vitq import refmodels, targets
+from tvm_vitq import refmodels, targets, tuning_logs
 from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Output
 from tvm_vitq.schedules.linear import Linear
@@ -301,3 +302,21 @@ def test_bad_requests(quantized, tmp_path):
     with pytest.raises(VitqError, match="nothing to try"):
         tvm_vitq.tune(quantized, trials=0, **ask)
     assert not list(tmp_path.iterdir())
+
+
+def test_records_of_the_package(quantized):
+    """Each file lies in the folder of its target, and its schedules are of today's search space."""
+    folder = Path(tuning_logs.__path__[0])
+    files = sorted(folder.glob("*/*.jsonl"))
+    assert files
+    for file in files:
+        run = read_run(file)
+        assert run.target == file.parent.name
+        assert {"device", "versions", "date", "threads", "command", "trials"} <= set(run.about)
+        assert any(record.final for record in run.records)
+        assert not any("wrong result" in (record.error or "") for record in run.records)
+    images = np.random.default_rng(0).normal(size=(2, 3, 224, 224)).astype(np.float32)
+    model = tvm_vitq.quantize("deit_tiny_patch16_224", recipe="minmax", calibration=images, progress=False)
+    library = tvm_vitq.compile(model, "llvm -mtriple=x86_64-linux-gnu -mcpu=znver4")
+    states = {k["name"].split("_")[1]: k["schedule"] for k in library.report["kernels"] if k["macs"]}
+    assert states == {"linear": "tuned", "attention": "tuned"}, library.report["warnings"]
