@@ -106,7 +106,9 @@ class Writer:
 
     def add(self, record: Record) -> None:
         """Appends a record."""
-        self._append({name: value for name, value in asdict(record).items() if value or name == "schedule"})
+        kept = {name: value for name, value in asdict(record).items() if value or name == "schedule"}
+        kept["seconds"] = [round(value, 9) for value in record.seconds]
+        self._append(kept)
 
     def _append(self, data: Mapping[str, Any]) -> None:
         with self.path.open("a") as file:
