@@ -207,6 +207,7 @@ void Run(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  setenv("TVM_BIND_THREADS", "0", 0);  // or TVM moves this thread to core 0, whatever taskset says
   try {
     Run(ParseOptions(argc, argv));
   } catch (const Error& error) {

@@ -83,6 +83,13 @@ def test_threads_do_not_change_results(exported, images, expected, threads):
     np.testing.assert_array_equal(load_library(exported, num_threads=threads)(images), expected)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_call_leaves_the_cores_of_its_thread_alone(exported, images, threads):
+    before = os.sched_getaffinity(0)
+    load_library(exported, num_threads=threads)(images)
+    assert os.sched_getaffinity(0) == before
+
+
 def test_thread_settings(exported, monkeypatch):
     library = load_library(exported)
     assert library.benchmark(repeat=2)["threads"] == cpu.usable_cores()

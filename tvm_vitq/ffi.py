@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from tvm_vitq import settings
 from tvm_vitq.errors import VitqError
 
 RUNTIME_LIBRARIES = ("tvm_runtime", "tvm_runtime_extra")
@@ -37,6 +39,8 @@ def runtime() -> ModuleType:
         else:
             import tvm_ffi
         if not _loaded:
+            # Its default moves the thread that calls a kernel on one thread to core 0, and leaves it there.
+            os.putenv(settings.BIND.name, str(settings.BIND.value))
             folder = library_folder()
             # Global symbols, as tvm itself loads them: libraries name no dependencies and find these.
             _loaded.extend(

@@ -46,6 +46,11 @@ VERIFY = Setting("VITQ_VERIFY", 0, "1: check attributes, dtypes and headroom aft
 THREADS = Setting(
     "VITQ_NUM_THREADS", 0, "threads of a compiled library; 0: -num-cores of its target, else one per core"
 )
+BIND = Setting(
+    "TVM_BIND_THREADS",
+    0,
+    "1: TVM binds threads to cores of its choice, the calling one too, whatever taskset says",
+)
 CACHE = Setting("VITQ_CACHE", "", "folder for downloads that can be made again; default ~/.cache/tvm-vitq")
 
-ALL: tuple[Setting, ...] = (DEBUG, DUMP, VERIFY, THREADS, CACHE)
+ALL: tuple[Setting, ...] = (DEBUG, DUMP, VERIFY, THREADS, BIND, CACHE)

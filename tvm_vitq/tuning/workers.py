@@ -116,4 +116,7 @@ def start() -> None:
     """Prepares a worker: imports before the first candidate's time limit runs."""
     import tvm  # noqa: F401
 
+    from tvm_vitq import ffi
     from tvm_vitq.schedules import attention, linear  # noqa: F401
+
+    ffi.runtime()  # which also keeps TVM from binding this thread to a core
