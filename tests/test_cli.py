@@ -72,7 +72,7 @@ def library(folder, model, vitq):
 
 
 def test_parser_describes_every_verb(capsys):
-    assert set(VERBS) == {"demo", "doctor", "quantize", "build", "eval", "bench", "inspect"}
+    assert set(VERBS) == {"demo", "doctor", "quantize", "tune", "build", "eval", "bench", "inspect"}
     for verb in VERBS:
         assert main([verb, "--help"]) == 0
         assert "--json" in capsys.readouterr().out

@@ -212,10 +212,10 @@ def test_a_candidate_that_does_not_build_is_a_result(tasks):
     assert found[0].error and not found[0].seconds
 
 
-def vitq(*arguments, **options):
+def vitq(*arguments, folder):
     return subprocess.Popen(
         [sys.executable, "-m", "tvm_vitq", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def count_lines(folder):
 def test_an_interrupted_run_keeps_what_it_found_and_goes_on(model_file, tmp_path):
     """Ctrl-C in the middle, then --resume."""
     command = ("tune", model_file, "--threads", 1, "--work-dir", tmp_path, "--trials")
-    process = vitq(*command, 200)
+    process = vitq(*command, 200, folder=tmp_path)
     end = time.monotonic() + 240
     while count_lines(tmp_path) < 6 and time.monotonic() < end and process.poll() is None:
         time.sleep(0.2)
@@ -235,7 +235,7 @@ def test_an_interrupted_run_keeps_what_it_found_and_goes_on(model_file, tmp_path
     assert process.returncode == 130, error
     kept = count_lines(tmp_path) - 1
     assert kept >= 5
-    process = vitq(*command, kept + 2, "--resume", "--json")
+    process = vitq(*command, kept + 2, "--resume", "--json", folder=tmp_path)
     output, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
     assert json.loads(output)["trials"] == kept + 2

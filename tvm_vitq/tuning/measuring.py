@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import threading
 import time
@@ -54,8 +55,12 @@ class Measuring:
         self.folder = tempfile.TemporaryDirectory(prefix="vitq-tune-")
         self.count = 0
         self.lock = threading.Lock()
-        self.build_pool = PopenPoolExecutor(builders, BUILD_SECONDS, workers.start)
-        self.run_pool = PopenPoolExecutor(servers, RUN_SECONDS, workers.start)
+        # Workers would look for modules in the working directory first, which may be a bare checkout.
+        ready = (
+            f"import sys; sys.path[:] = {sys.path!r}; from tvm_vitq.tuning import workers; workers.start()"
+        )
+        self.build_pool = PopenPoolExecutor(builders, BUILD_SECONDS, exec, (ready,))
+        self.run_pool = PopenPoolExecutor(servers, RUN_SECONDS, exec, (ready,))
 
     def close(self) -> None:
         """Ends the workers and removes what they built."""
