@@ -155,8 +155,8 @@ def test_a_run_is_used_by_builds_and_changes_no_bit(quantized, tmp_path):
     assert more["trials"] == 11
 
     tuned = tvm_vitq.compile(quantized, tuning_logs=tmp_path)
-    states = {k["schedule"] for k in tuned.report["kernels"] if k["name"].startswith("vitq_linear")}
-    assert states == {"tuned"}
+    used = [k["name"] for k in tuned.report["kernels"] if k["schedule"] == "tuned"]
+    assert len(used) == sum(row["trials"] > 0 for row in more["kernels"]) > 0
     images = refmodels.test_set()[0][:1]
     default = tvm_vitq.compile(quantized, tuning_logs=False)
     assert np.array_equal(tuned(images), default(images))
