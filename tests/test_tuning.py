@@ -195,6 +195,8 @@ def test_a_wrong_result_never_counts(tasks):
         path = measuring.build(task.name, None).result()
         with pytest.raises(Exception, match="1 of"):
             measuring.run(path, task.name, None).result()
+        with pytest.raises(VitqError, match="could not be compared"):
+            measuring.compare(task.name, [None], 1)
     finally:
         measuring.close()
     assert not found[0].seconds and "wrong result: 1 of" in found[0].error

@@ -17,6 +17,7 @@ from tvm.s_tir.meta_schedule.builder import BuilderResult, PyBuilder
 from tvm.s_tir.meta_schedule.runner import PyRunner, PyRunnerFuture, RunnerResult
 from tvm.support.popen_pool import PopenPoolExecutor
 
+from tvm_vitq.errors import VitqError
 from tvm_vitq.schedules.space import scheduled
 from tvm_vitq.targets import TargetProfile
 from tvm_vitq.tuning import workers
@@ -91,9 +92,18 @@ class Measuring:
         return future
 
     def compare(self, kernel: str, schedules: Sequence[Mapping[str, Any] | None], rounds: int) -> None:
-        """Measures schedules in turns; their records say so."""
-        paths = [future.result() for future in [self.build(kernel, schedule) for schedule in schedules]]
-        times = self._measure(paths, kernel, schedules, rounds).result()
+        """Measures schedules in turns; their records say so. VitqError if one fails, which did not before."""
+        built = [self.build(kernel, schedule) for schedule in schedules]
+        try:
+            paths = [future.result() for future in built]
+            times = self._measure(paths, kernel, schedules, rounds).result()
+        except Exception as error:
+            raise VitqError(
+                "the best schedules of a kernel could not be compared",
+                where=kernel,
+                got=_last_line(error),
+                fix="what was found is kept: see that the device answers, and go on with --resume",
+            ) from error
         for schedule, seconds in zip(schedules, times, strict=True):
             self.on_record(Record(kernel, schedule, seconds, final=True))
 
