@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tvm_vitq import tuning_logs
 from tvm_vitq.errors import VitqError
 from tvm_vitq.relax_passes.lower_kernels import Site
 from tvm_vitq.schedules.space import scheduled
@@ -22,7 +23,7 @@ def find_runs(profile: TargetProfile, where: str | os.PathLike[str] | bool | Non
     Parameters
     ----------
     where : a file of records, a folder of them, or a folder of folders by target. None: ``tuning_logs`` in
-        the working directory and in the package, where there may be none. False: nowhere.
+        the working directory and in the package, where there may be none (so does True). False: nowhere.
 
     Raises
     ------
@@ -32,7 +33,7 @@ def find_runs(profile: TargetProfile, where: str | os.PathLike[str] | bool | Non
         return []
     name = target_name(profile)
     if where is None or where is True:
-        places = {Path(FOLDER).resolve(), Path(__file__).resolve().parents[1] / FOLDER, *_mapped()}
+        places = {Path(place).resolve() for place in (FOLDER, *tuning_logs.__path__)}
         files = sorted(file for place in places for file in (place / name).glob("*.jsonl"))
         return [run for run in map(read_run, files) if run.target == name]
     given = Path(where)
@@ -53,13 +54,6 @@ def find_runs(profile: TargetProfile, where: str | os.PathLike[str] | bool | Non
             fix="tune for this target, or leave tuning_logs out to build with default schedules",
         )
     return runs
-
-
-def _mapped() -> list[Path]:
-    """The records of the package, which an editable install keeps at the top of the repository."""
-    from tvm_vitq import tuning_logs
-
-    return [Path(place).resolve() for place in tuning_logs.__path__]
 
 
 class TunedSchedules:
