@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
 
-from tvm_vitq import tuning_logs
 from tvm_vitq.errors import VitqError
 from tvm_vitq.relax_passes.lower_kernels import Site
 from tvm_vitq.schedules.space import scheduled
@@ -33,7 +33,8 @@ def find_runs(profile: TargetProfile, where: str | os.PathLike[str] | bool | Non
         return []
     name = target_name(profile)
     if where is None or where is True:
-        places = {Path(place).resolve() for place in (FOLDER, *tuning_logs.__path__)}
+        package = importlib.import_module("tvm_vitq.tuning_logs")
+        places = {Path(place).resolve() for place in (FOLDER, *package.__path__)}
         files = sorted(file for place in places for file in (place / name).glob("*.jsonl"))
         return [run for run in map(read_run, files) if run.target == name]
     given = Path(where)

@@ -125,8 +125,8 @@ def _remember(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """MetaSchedule's tables of progress go nowhere: ours is the progress bar. Its cost model draws from NumPy's
-    global generator, which is the caller's.
+    """MetaSchedule's tables of progress go nowhere: ours is the progress bar. Its cost model draws from the
+    global generator of NumPy, which is the caller's.
     """
     logger = logging.getLogger("tvm.s_tir.meta_schedule")
     before, state = logger.level, np.random.get_state()
