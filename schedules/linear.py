@@ -17,6 +17,9 @@ from tvm_vitq.schedules.weight_planes import WeightPlanes
 
 Array = npt.NDArray
 
+BLOCK_ROWS = 208
+"""Rows of a task, or fewer for whole tiles, where the schedule does not say."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -67,6 +70,11 @@ class Linear:
     def tiles(self) -> Tile:
         """The tile sizes in force."""
         return self.tile or (self.target.group_tile if self.multiples else None) or self.target.tile
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a task, in whole tiles; as many as there are, or more, mean all."""
+        return self.tiles.block_rows or max(1, BLOCK_ROWS // self.tiles.rows) * self.tiles.rows
 
     @property
     def group_width(self) -> int:
@@ -201,8 +209,9 @@ class Linear:
         return [np.concatenate(parts), base]
 
     def panel_bytes(self, columns: int) -> int:
-        """Of a packed panel."""
-        assert self.planes is not None  # by the caller
+        """Of the weights of a panel, as stored."""
+        if self.planes is None:
+            return self.whole_depth * columns
         step = self.target.step
         return self.planes.size(self.whole_depth // step, columns * step)
 

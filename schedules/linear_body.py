@@ -26,7 +26,8 @@ class LinearBody:
     """The body of the kernel.
 
     Tasks are (block of rows) x (panel of columns), run in parallel: a panel of weights stays in the first or
-    second level cache while the rows of the block pass by.
+    second level cache while the rows of the block pass by. A thread takes tasks that follow each other:
+    `Tile.order` says which of weights and rows it reads again.
     """
 
     def __init__(self, spec: Linear, buffers: dict[str, Expr]) -> None:
@@ -38,19 +39,29 @@ class LinearBody:
         self.left: Expr = buffers["x"]
         self.weight: Expr = buffers["weight"]  # all panels, or the current one where weights are packed
         self.first_row: Expr = 0  # what rows are counted from
+        self.tile: Expr = 0  # of the block, the current one
 
     def _block_tiles(self) -> int:
         """Row tiles of a block: those of the schedule, or fewer, so that there are `TASKS`."""
         blocks = tir.ceildiv(TASKS, self.panels.count)
-        asked = max(1, self.spec.tiles.block_rows // self.spec.tiles.rows)
-        return min(asked, tir.ceildiv(self.rows.count, blocks))
+        return min(self._asked_tiles(self.spec.m), tir.ceildiv(self.rows.count, blocks))
+
+    def _asked_tiles(self, rows: int) -> int:
+        """Row tiles of a block that the schedule asks for, of `rows` rows in all."""
+        asked = self.spec.block_rows
+        return self.rows.count if asked >= rows else max(1, asked // self.spec.tiles.rows)
 
     def emit(self) -> None:
         if self.spec.staged:
             self._stage()
-        with TB.parallel(0, self.panels.count * self.blocks.count) as task:
-            panel = tir.let(task // self.blocks.count)
-            block = tir.let(task % self.blocks.count)
+        panels, blocks = self.panels.count, self.blocks.count
+        with TB.parallel(0, panels * blocks) as task:
+            if self.spec.tiles.order == "panels":
+                panel = tir.let(task // blocks)
+                block = tir.let(task % blocks)
+            else:
+                block = tir.let(task // panels)
+                panel = tir.let(task % panels)
             self._split(
                 self.panels, panel, lambda first, size: self._panel(block, first * GROUP, size * GROUP)
             )
@@ -96,6 +107,7 @@ class LinearBody:
         lookup = DelayedLookup(self, column, columns) if self.delays_lookup else None
         with TB.serial(0, large) as i:
             tile = tir.let(block * large + i)
+            self.tile = i
             with tir.when(tile < self.rows.count):
                 if lookup is not None:
                     lookup.tile = tile
@@ -108,14 +120,30 @@ class LinearBody:
         spec, step, planes = self.spec, self.isa.step, self.spec.planes
         assert planes is not None  # by the caller
         width, depths = columns * step, spec.whole_depth // step
-        wide = self.panels.large * GROUP
-        before = self.panels.number_large if columns < wide else 0
-        index = tir.let((column - before * wide) // columns)
-        start = tir.let(before * spec.panel_bytes(wide) + index * spec.panel_bytes(columns))
+        start = self._panel_start(column, columns)
         whole = packing.padded(depths, planes.rows) * width
         self.weight = tir.scratch(whole, "int8")
         base = self.b["weight_base"]
         planes.unpack(self.b["weight"], start, base, column * step, self.weight, depths, width)
+
+    def _panel_start(self, column: Expr, columns: int) -> Expr:
+        """Where the weights of a panel begin."""
+        wide = self.panels.large * GROUP
+        before = self.panels.number_large if columns < wide else 0
+        index = tir.let((column - before * wide) // columns)
+        return tir.let(before * self.spec.panel_bytes(wide) + index * self.spec.panel_bytes(columns))
+
+    def _next_panel(self, column: Expr, columns: int) -> Callable[[Expr], Expr]:
+        """The byte of the next panel to ask for in an iteration of the product's innermost loop.
+
+        All products of the block together ask for all of it: its weights come from the cache of the third
+        level or from memory, which this hides. In one burst before a product it costs more than it gains.
+        """
+        size = self.spec.panel_bytes(columns)
+        steps = self.isa.side_steps(columns, self.spec.whole_depth)
+        each = tir.ceildiv(size, self.blocks.large * steps)
+        start = tir.let(self._panel_start(column, columns) + size + self.tile * (steps * each))
+        return lambda i: start + i * each
 
     @property
     def delays_lookup(self) -> bool:
@@ -133,7 +161,14 @@ class LinearBody:
         elif self.spec.groups:
             self._partial(sums, row, column, rows, columns)
         else:
-            self._product(sums, row, column, rows, columns, 0, lookup.step if lookup else None)
+            ahead = self._next_panel(column, columns)
+
+            def side(i: Expr) -> None:
+                if lookup is not None:
+                    lookup.step(i)
+                tir.prefetch(self.b["weight"], ahead(i))
+
+            self._product(sums, row, column, rows, columns, 0, side if self.isa.has_side else None)
         if lookup is not None:
             lookup.write_previous()
         self._epilogue(sums, row, column, rows, columns, lookup)
