@@ -19,14 +19,14 @@ from tvm_vitq.schedules import packing, tir
 from tvm_vitq.schedules.attention_body import AttentionBody
 from tvm_vitq.schedules.codebook import Form
 from tvm_vitq.schedules.isa import Isa, Tile, isa
-from tvm_vitq.schedules.kernel import Argument, Kernel, Split, kernel_name
+from tvm_vitq.schedules.kernel import Argument, Kernel, kernel_name
 from tvm_vitq.schedules.packing import GROUP
 from tvm_vitq.schedules.tir import LANES
 
 Array = npt.NDArray
 
 TASKS = 6
-"""Heads are cut into chunks of rows when there are fewer tasks than this."""
+"""Heads are cut into blocks of rows when there are fewer of them than this, where the schedule does not say."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Attention:
         b takes
         term ``b % nb`` (windows of one image follow each other); nh is 1 or heads.
     probs : quantizer of probabilities; its tables, if any, are arguments and not part of the kernel.
-    tile : register tile; None takes the instruction set's default.
+    tile : register tile and query rows of a task; None takes the instruction set's default.
 
     Arguments of the kernel: the sources, score_multiplier, multiplier, zeros (of q, k, v, out and the
     probabilities), [tables of probs], the additive terms, out. `pack` returns those from score_multiplier to
@@ -101,10 +101,9 @@ class Attention:
         return packing.padded(self.tk, GROUP)
 
     @property
-    def chunks(self) -> int:
-        """Tasks per head."""
-        rows = Split.of(self.tq, self.tiles.rows).count
-        return min(rows, max(1, -(-TASKS // (self.batch * self.heads))))
+    def block_rows(self) -> int:
+        """Query rows of a task, which takes whole tiles. Each task packs K and V of its head."""
+        return self.tiles.block_rows or tir.ceildiv(self.tq, tir.ceildiv(TASKS, self.batch * self.heads))
 
     @property
     def book(self) -> Form | None:
@@ -124,7 +123,7 @@ class Attention:
         sources = [f"{rows}x{columns}" for rows, columns in self.sources]
         additive = ["a" + "x".join(str(n) for n in shape) for shape in self.additive]
         clip = f"{self.out.qmin}to{self.out.qmax}".replace("-", "m")
-        tile = "" if self.tile is None else f"t{self.tile.rows}x{self.tile.columns}"
+        tile = "" if self.tile is None else self.tile.name
         epilogue = [kind] + (["shift"] if self.out.kind == "shift" else [])
         shape = (self.batch, self.heads, self.tq, self.tk, self.d, self.dv)
         extra = [*sources, *views, *additive, clip, tile]

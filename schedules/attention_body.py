@@ -58,7 +58,7 @@ class AttentionBody:
     def __init__(self, spec: Attention, buffers: dict[str, Expr]) -> None:
         self.spec, self.b, self.isa = spec, buffers, spec.target
         self.rows = Split.of(spec.tq, spec.tiles.rows)
-        self.chunk = Split.of(self.rows.count, tir.ceildiv(self.rows.count, spec.chunks))
+        self.chunk = Split.of(self.rows.count, tir.ceildiv(min(spec.block_rows, spec.tq), spec.tiles.rows))
         self.qk_depth = packing.padded(spec.d, self.isa.unit)
         self.pv_depth = packing.padded(spec.tk, self.isa.unit)
         self.out_columns = packing.padded(spec.dv, GROUP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,9 @@ class GroupLinear(Linear):
 
     tokens: int = 0
     choices: int = 1
+
+    BLOCK_ROWS: ClassVar[int] = 512
+    """More than of `Linear`: each task gathers its weights."""
 
     @property
     def tiles(self) -> Tile:

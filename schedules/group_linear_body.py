@@ -15,10 +15,6 @@ from tvm_vitq.schedules.tir import TB, Expr
 if TYPE_CHECKING:
     from tvm_vitq.schedules.group_linear import GroupLinear
 
-BLOCK_ROWS = 512
-"""Rows for which a panel of weights is gathered once, or more where the tile's own blocks are larger."""
-
-
 CACHE_LINE = 64
 """Bytes."""
 
@@ -36,8 +32,7 @@ class GroupLinearBody(LinearBody):
     def __init__(self, spec: GroupLinear, buffers: dict[str, Expr]) -> None:
         super().__init__(spec, buffers)
         self.rows = Split.of(spec.tokens, spec.tiles.rows)
-        at_most = max(spec.tiles.block_rows, BLOCK_ROWS) // spec.tiles.rows
-        self.blocks = Split.of(self.rows.count, max(1, at_most))
+        self.blocks = Split.of(self.rows.count, self._asked_tiles(spec.tokens))
         self.image: Expr = 0
         self.panel: Expr = None
         self.start: Expr = None

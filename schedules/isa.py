@@ -39,19 +39,29 @@ class Tile:
     """Tile sizes of a matrix product: plain data, so that tuning can sample them.
 
     rows, columns : the register tile; columns is a multiple of 16.
-    block_rows : rows that one task computes for one panel of columns, or fewer for the sake of more tasks.
+    block_rows : rows that one task computes, or fewer for the sake of more tasks; None: as many as the kernel
+        takes by default.
     unroll : iterations of the innermost loop that are written out.
+    order : which tasks follow each other, one of `ORDERS`: those of a panel of columns, which read the same
+        weights, or those of a block of rows, which read the same rows.
     """
 
     rows: int
     columns: int
-    block_rows: int = 208
+    block_rows: int | None = None
     unroll: int = 1
+    order: str = "panels"
 
     @property
     def name(self) -> str:
         """For names of kernels."""
-        return f"t{self.rows}x{self.columns}x{self.block_rows}x{self.unroll}"
+        block = "" if self.block_rows is None else f"b{self.block_rows}"
+        unroll = "" if self.unroll == 1 else f"u{self.unroll}"
+        return f"t{self.rows}x{self.columns}{block}{unroll}" + ("" if self.order == ORDERS[0] else self.order)
+
+
+ORDERS = ("panels", "rows")
+"""What the outer one of the two loops over tasks runs through."""
 
 
 class Isa:

@@ -23,18 +23,22 @@ INT32_TERMS = (2**31 - 1) // numerics.WIDE_MAX
 class LayerNorm:
     """numerics.int_layer_norm of x [M, C], the same code on every instruction set.
 
+    block_rows : rows that one task computes.
+
     Arguments of the kernel: x, gain, offset, epsilon, shift, out; `pack` returns gain to shift.
     """
 
     m: int
     c: int
     out: Output
+    block_rows: int = 1
 
     @property
     def name(self) -> str:
         """Name of the kernel; equal names are equal functions."""
         clip = f"{self.out.qmin}to{self.out.qmax}".replace("-", "m")
-        return kernel_name("layer_norm", self.out.dtype, ["int32"], [], (self.m, self.c), clip)
+        block = "" if self.block_rows == 1 else f"b{self.block_rows}"
+        return kernel_name("layer_norm", self.out.dtype, ["int32"], [], (self.m, self.c), clip, block)
 
     def arguments(self) -> tuple[Argument, ...]:
         """All arguments in order."""
@@ -57,22 +61,37 @@ class LayerNorm:
         arguments = self.arguments()
 
         def emit() -> None:
-            x, gain, offset, epsilon, shift, out = (tir.argument(a.name, a.shape, a.dtype) for a in arguments)
-            with TB.parallel(0, self.m) as row:
-                mean, scale = self._statistics(x, row, epsilon)
-                spread = tir.let(tir.load(shift, 0, 1))
-                for start, count, lanes in self._pieces():
-                    with TB.serial(0, count) as i:
-                        at = tir.let(start + i * lanes)
-                        value = _normalize(tir.load(x, [row, at], lanes), mean, scale, lanes)
-                        value = value * tir.load(gain, at, lanes) + tir.load(offset, at, lanes)
-                        value = value >> (spread if lanes == 1 else tir.splat(spread, lanes))
-                        value = tir.clip(value, self.out.qmin, self.out.qmax, "int32", lanes)
-                        if self.out.dtype != "int32":
-                            value = tir.cast(value, self.out.dtype, lanes)
-                        tir.store(out, value, [row, at], lanes)
+            buffers = [tir.argument(a.name, a.shape, a.dtype) for a in arguments]
+            rows = self.block_rows
+            if rows == 1:
+                with TB.parallel(0, self.m) as row:
+                    self._row(row, *buffers)
+            elif rows >= self.m:  # no other thread is woken
+                with TB.serial(0, self.m) as row:
+                    self._row(row, *buffers)
+            else:
+                with TB.parallel(0, tir.ceildiv(self.m, rows)) as task, TB.serial(0, rows) as i:
+                    row = tir.let(task * rows + i)
+                    with tir.when(row < self.m):
+                        self._row(row, *buffers)
 
         return Kernel(self.name, tir.prim_func(self.name, emit), arguments)
+
+    def _row(
+        self, row: Expr, x: Expr, gain: Expr, offset: Expr, epsilon: Expr, shift: Expr, out: Expr
+    ) -> None:
+        mean, scale = self._statistics(x, row, epsilon)
+        spread = tir.let(tir.load(shift, 0, 1))
+        for start, count, lanes in self._pieces():
+            with TB.serial(0, count) as i:
+                at = tir.let(start + i * lanes)
+                value = _normalize(tir.load(x, [row, at], lanes), mean, scale, lanes)
+                value = value * tir.load(gain, at, lanes) + tir.load(offset, at, lanes)
+                value = value >> (spread if lanes == 1 else tir.splat(spread, lanes))
+                value = tir.clip(value, self.out.qmin, self.out.qmax, "int32", lanes)
+                if self.out.dtype != "int32":
+                    value = tir.cast(value, self.out.dtype, lanes)
+                tir.store(out, value, [row, at], lanes)
 
     def _pieces(self) -> list[tuple[int, int, int]]:
         """(first channel, count, lanes): whole vectors, then single channels."""

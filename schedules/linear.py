@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +17,6 @@ from tvm_vitq.schedules.packing import GROUP
 from tvm_vitq.schedules.weight_planes import WeightPlanes
 
 Array = npt.NDArray
-
-BLOCK_ROWS = 208
-"""Rows of a task, or fewer for whole tiles, where the schedule does not say."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,9 @@ class Linear:
     planes: WeightPlanes | None = None
     tile: Tile | None = None
 
+    BLOCK_ROWS: ClassVar[int] = 208
+    """Rows of a task, or fewer for whole tiles, where the schedule does not say."""
+
     @property
     def target(self) -> Isa:
         return isa(self.isa)
@@ -74,7 +75,7 @@ class Linear:
     @property
     def block_rows(self) -> int:
         """Rows of a task, in whole tiles; as many as there are, or more, mean all."""
-        return self.tiles.block_rows or max(1, BLOCK_ROWS // self.tiles.rows) * self.tiles.rows
+        return self.tiles.block_rows or max(1, self.BLOCK_ROWS // self.tiles.rows) * self.tiles.rows
 
     @property
     def group_width(self) -> int:
