@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from tvm_vitq.schedules import tir
 from tvm_vitq.schedules.isa import Isa
-from tvm_vitq.schedules.tir import Expr
+from tvm_vitq.schedules.tir import TB, Expr
 
 
 def fcvtns(value: Expr, lanes: int) -> Expr:
@@ -47,6 +50,21 @@ class Aarch64(Isa):
         most = self.tile.rows, 2 * self.tile.columns
         widths = [c for c in range(16, most[1] + 1, 16) if self.width(c) == self.block]
         return [(rows, columns) for columns in widths for rows in range(most[0] // 2, most[0] + 1)]
+
+    @staticmethod
+    @contextmanager
+    def loop(count: int | Expr, first: Expr, size: int) -> Iterator[tuple[Expr, Expr]]:
+        """Iterations, and the offset of each in the packed operand: ``first + size * iteration``.
+
+        The offset is carried from one to the next. Of a sum LLVM forgets that it does not overflow, and then
+        extends it to 64 bits in every iteration.
+        """
+        offset = tir.scratch(1, "int32")
+        tir.store(offset, first, 0, 1)
+        with TB.serial(0, count) as iteration:
+            current = tir.let(tir.load(offset, 0, 1))
+            tir.store(offset, current + size, 0, 1)
+            yield iteration, current
 
     @staticmethod
     def accumulator() -> Expr:

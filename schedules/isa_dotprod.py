@@ -31,14 +31,14 @@ class Dotprod(SignedLeft):
         vectors = width // self.lanes
         with TB.serial(0, columns // width) as i:
             acc = [[self.accumulator() for _ in range(vectors)] for _ in range(rows)]
-            with TB.serial(0, depth // self.unit) as block:
+            first, size = i * (width * self.step), self.unit * columns
+            with self.loop(depth // self.unit, first, size) as (block, offset):
                 words = [
                     tir.let(tir.reinterpret(left(r, block * self.unit, 16), "int32x4")) for r in range(rows)
                 ]
                 for k in range(0, self.unit, self.step):
                     for v in range(vectors):
-                        at = block * (self.unit * columns) + k * columns + i * (width * self.step) + v * 16
-                        loaded = tir.let(right(at, 16))
+                        loaded = tir.let(right(offset + (k * columns + v * 16), 16))
                         for r in range(rows):
                             word = tir.reinterpret(tir.shuffle(words[r], [k // self.step] * 4), "int8x16")
                             total = tir.intrinsic(_SDOT, "int32x4", tir.load(acc[r][v], 0, 4), loaded, word)

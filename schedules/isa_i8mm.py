@@ -43,14 +43,14 @@ class I8mm(Aarch64):
         unit = self.depths(depth)
         with TB.serial(0, columns // width) as i:
             acc = [[self.accumulator() for _ in range(vectors)] for _ in pairs]
-            with TB.serial(0, depth // unit) as block:
+            first, size = i * (width * self.step), unit * columns
+            with self.loop(depth // unit, first, size) as (block, offset):
                 x = [tir.let(left(r, block * unit, unit)) for r in range(rows)]
                 for k in reversed(range(0, unit, 8)):  # last, the low halves are joined in place
                     lanes = [*range(k, k + 8), *range(unit + k, unit + k + 8)]
                     joined = [tir.let(tir.pick([x[a], x[b]], lanes)) for a, b in pairs]
                     for v in range(vectors):
-                        at = block * (unit * columns) + k * columns + i * (width * 8) + v * 16
-                        w = tir.let(right(at, 16))
+                        w = tir.let(right(offset + (k * columns + v * 16), 16))
                         for p in range(len(pairs)):
                             old = tir.load(acc[p][v], 0, 4)
                             total = tir.intrinsic(_INTRINSIC[source], "int32x4", old, joined[p], w)

@@ -31,11 +31,11 @@ class Neon(SignedLeft):
     ) -> None:  # fmt: skip
         with TB.serial(0, columns // self.block) as i:
             acc = [[self.accumulator() for _ in range(self.block)] for _ in range(rows)]
-            with TB.serial(0, depth // self.unit) as block:
+            first, size = i * (self.block * self.step), self.unit * columns
+            with self.loop(depth // self.unit, first, size) as (block, offset):
                 x = [tir.let(left(r, block * self.unit, 16)) for r in range(rows)]
                 for c in range(self.block):
-                    at = block * (self.unit * columns) + (i * self.block + c) * self.step
-                    w = tir.let(right(at, 16))
+                    w = tir.let(right(offset + c * self.step, 16))
                     for r in range(rows):
                         old = tir.load(acc[r][c], 0, 4)
                         tir.store(acc[r][c], self._dot(old, x[r], w, full_range), 0, 4)
