@@ -21,11 +21,10 @@ import onnx
 import onnxruntime
 import tvm
 from onnx import helper, numpy_helper
-from recipes import build, quick
+from recipes import build, quick, synthetic
 from tvm import relax
 
 from tvm_vitq import targets
-from tvm_vitq.calibrate.synthesize import synthesize
 from tvm_vitq.frontend import import_model
 from tvm_vitq.frontend.canonicalize import bindings_of
 from tvm_vitq.ops import op_name, shape_of
@@ -120,8 +119,7 @@ def in_turns(ours: Callable[[], None], theirs: Callable[[], None], seconds: floa
 
 def shares(model: Any) -> dict[str, float]:
     """Milliseconds of a call of the quantized model: integer kernels, everything else, all of it."""
-    images = synthesize(2, model.input_shape[1:], model.preprocessing, seed=0).numpy()
-    library = build(model, "w8a8", quick("minmax"), images)
+    library = build(model, "w8a8", quick("minmax"), synthetic(model, 2))
     kernels = library.profile()
     integer = sum(k.milliseconds for k in kernels if k.name.startswith("vitq_"))
     runtime = sum(k.milliseconds for k in kernels if k.name.startswith("vm."))

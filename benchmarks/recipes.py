@@ -48,11 +48,20 @@ def quick(name: str) -> Recipe:
     return dataclasses.replace(recipe, **{k: v for k, v in COSTLY.items() if k in known})
 
 
+def synthetic(model: Any, count: int) -> np.ndarray:
+    """Images for calibration."""
+    return synthesize(count, model.input_shape[1:], model.preprocessing, seed=0).numpy()
+
+
+def quantize(model: Any, bits: str, recipe: Recipe, images: np.ndarray) -> QuantizedModel:
+    """The integer program of an imported model."""
+    found = calibrate(model, bits, recipe, images, progress=False)
+    return QuantizedModel(run_passes(found.mod, realize_passes(found.plan)), found.plan)
+
+
 def build(model: Any, bits: str, recipe: Recipe, images: np.ndarray) -> Any:
     """The compiled library, on one thread."""
-    found = calibrate(model, bits, recipe, images, progress=False)
-    quantized = QuantizedModel(run_passes(found.mod, realize_passes(found.plan)), found.plan)
-    library = tvm_vitq.compile(quantized)
+    library = tvm_vitq.compile(quantize(model, bits, recipe, images))
     library.num_threads = 1
     return library
 
@@ -78,7 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model = import_model(arguments.model, batch=arguments.batch)
-    images = synthesize(arguments.images, model.input_shape[1:], model.preprocessing, seed=0).numpy()
+    images = synthetic(model, arguments.images)
     baseline = build(model, BASELINE[0], find_recipe(BASELINE[1]), images)
     rows = []
     for bits in arguments.bits:

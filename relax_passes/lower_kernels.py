@@ -27,6 +27,7 @@ from tvm_vitq.relax_passes.rewriter import Rewriter, constant
 from tvm_vitq.schedules.attention import Attention, View
 from tvm_vitq.schedules.group_codes import GroupCodes
 from tvm_vitq.schedules.group_linear import GroupLinear
+from tvm_vitq.schedules.group_operands import operands_of
 from tvm_vitq.schedules.group_table import GroupTable
 from tvm_vitq.schedules.kernel import Kernel
 from tvm_vitq.schedules.layer_norm import LayerNorm
@@ -62,12 +63,14 @@ class Site:
     node : the operator of the integer graph that it computes; None for a kernel that computes a part of one.
     pack : the constants of the call for this kernel under any schedule.
     planes : how the weights are packed that are unpacked when the library is loaded; None: no such ones.
+    inputs : the kernel's inputs from the operator's, where other kernels make them of each other.
     """
 
     spec: Any
     node: Call | None
     pack: Callable[[Any], list[Array]]
     planes: WeightPlanes | None = None
+    inputs: Callable[[list[Array]], list[Array]] = list
 
 
 Choose = Callable[[Site], Specification]
@@ -147,9 +150,8 @@ class _Lowering(Rewriter):
             value = waiting[argument.role].pop(0)
             args.append(self.shaped(value, argument.shape))
         out = kernel.arguments[-1]
-        return self.emit(
-            relax.call_tir(function_name, args, relax.TensorType(out.shape, out.dtype)), spec.name
-        )
+        layer = spec.name if site.node is None else attrs(site.node)["site"]  # for the report
+        return self.emit(relax.call_tir(function_name, args, relax.TensorType(out.shape, out.dtype)), layer)
 
     def constants(self, site: Site, spec: Any) -> list[Expr]:
         """Constants of a call; weights that are unpacked at load are parameters."""
@@ -236,7 +238,10 @@ class _Lowering(Rewriter):
         def pack(spec: GroupLinear) -> list[Array]:
             return spec.pack_groups(weight, bias, multiplier, zeros, scales, quantizers.zero_point)
 
-        return self.call_kernel(Site(spec, node, pack), [codes, table, *extra])
+        def inputs(values: list[Array]) -> list[Array]:
+            return [*operands_of(spec, values[0], quantizers), *values[1:]]
+
+        return self.call_kernel(Site(spec, node, pack, inputs=inputs), [codes, table, *extra])
 
     def groups_of(self, x: Expr, quantizers: GroupQuantizers) -> tuple[Expr, Expr]:
         """Table and codes of a wide tensor, made once for all layers that read them."""

@@ -4,16 +4,19 @@ about it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 import tvm
 
 from tvm_vitq.graph import Dataflow, is_constant, is_movement, value_of
 from tvm_vitq.macs import count_macs
 from tvm_vitq.ops import op_name
 from tvm_vitq.quantized_model import QuantizedModel
+from tvm_vitq.relax_passes.lower_kernels import KERNEL_ATTRIBUTE
 from tvm_vitq.targets import TargetProfile
 from tvm_vitq.tuning.apply import TunedSchedules
 
@@ -85,30 +88,54 @@ def build_report(
 
 
 def kernel_table(lowered: tvm.IRModule, executable: Any, tuned: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Each kernel: name, calls per inference, multiply-accumulates per call, instruction, and how it is
-    scheduled.
+    """Each kernel: name, calls per inference, layers of the model that it computes, multiply-accumulates and
+    bytes per call, instruction, and how it is scheduled.
     """
-    calls: dict[str, int] = {}
+    calls: dict[str, list[str]] = {}
     for binding in Dataflow(lowered).bindings:
         if op_name(binding.value) == "relax.call_tir":
-            name = binding.value.args[0].name_hint
-            calls[name] = calls.get(name, 0) + 1
+            calls.setdefault(binding.value.args[0].name_hint, []).append(binding.var.name)
     found = instructions_of(assembly(executable))
     table = []
     for gvar, function in lowered.functions.items():
         name = gvar.name_hint
         if name in calls:
-            macs = int(function.attrs["vitq.macs"]) if "vitq.macs" in function.attrs else 0
+            kernel = KERNEL_ATTRIBUTE in function.attrs  # calls are named after layers by lower_kernels
             table.append(
                 {
                     "name": name,
-                    "calls": calls[name],
-                    "macs": macs,
+                    "calls": len(calls[name]),
+                    "layers": [layer for layer in calls[name] if kernel and layer != name],
+                    "macs": int(function.attrs[KERNEL_ATTRIBUTE]) if kernel else 0,
+                    "bytes": bytes_touched(function),
                     "instruction": found.get(name, "-"),
                     "schedule": "tuned" if name in tuned else "default",
                 }
             )
     return sorted(table, key=lambda row: -row["macs"] * row["calls"])
+
+
+def bytes_touched(function: tvm.tirx.PrimFunc) -> int:
+    """Bytes of inputs, constants and result that one call touches, each counted once.
+
+    Kernels of schedules/ read their arguments whole; of what a slice reads, the box around it counts.
+    """
+    touched = tvm.get_global_func("s_tir.DomainTouched")
+    total = 0
+    for buffer in function.params:
+        sizes = [int(v) for v in buffer.shape]
+        if KERNEL_ATTRIBUTE not in function.attrs:
+            box = touched(function.body, buffer, True, True)
+            sizes = [_extent(size, span) for size, span in zip(sizes, box, strict=True)]
+        total += math.prod(sizes) * np.dtype(str(buffer.dtype)).itemsize
+    return total
+
+
+def _extent(size: int, span: tvm.ir.Range | None) -> int:
+    """Elements of `span` on an axis of `size`; all of them where the range depends on more than the shape."""
+    if span is None or not isinstance(span.extent, tvm.tirx.IntImm):
+        return size
+    return min(size, int(span.extent))
 
 
 def assembly(executable: Any) -> str:
