@@ -55,7 +55,7 @@ def markdown(rows: Sequence[Result]) -> str:
             "latency",
         )  # fmt: skip
         parts.append(
-            f"## {group[0]}, {group[1]}\n\n{_about(mine[0])}\n\n" + _table(headers, map(_cells, mine))
+            f"## {group[0]}, {group[1]}\n\n{_about(mine[0])}\n\n" + markdown_table(headers, map(_cells, mine))
         )
     return "\n".join([*parts, published.markdown()])
 
@@ -67,7 +67,7 @@ def _overview(rows: Sequence[Result]) -> str:
     recipes = dict.fromkeys(row.recipe for row in _best_first(r for r in rows if r.bits == widths[-1]))
     recipes |= dict.fromkeys(row.recipe for row in rows)
     lines = ((f"`{name}`", *(compiled.get((name, bits), "") for bits in widths)) for name in recipes)
-    return f"## {rows[0].model}\n\n{_about(rows[0])}\n\n" + _table(("recipe", *widths), lines)
+    return f"## {rows[0].model}\n\n{_about(rows[0])}\n\n" + markdown_table(("recipe", *widths), lines)
 
 
 def _agreement(rows: Sequence[Result]) -> str:
@@ -83,10 +83,11 @@ def _agreement(rows: Sequence[Result]) -> str:
             outside = sum(abs(difference) > paired for difference, paired in known)
             lines.append((bits, f"{len(known)}", _signed(mean, interval), f"{outside}"))
     headers = ("bits", "rows", "mean of compiled − simulation", "rows outside their interval")
-    return f"## Compiled against simulated\n\n{CHANCE}\n\n" + _table(headers, lines)
+    return f"## Compiled against simulated\n\n{CHANCE}\n\n" + markdown_table(headers, lines)
 
 
-def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """As pages on GitHub show it."""
     lines = [headers, ["---"] * len(headers), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
