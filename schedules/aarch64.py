@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tvm_vitq.schedules import tir
-from tvm_vitq.schedules.isa import Isa
+from tvm_vitq.schedules.isa import Isa, Side
 from tvm_vitq.schedules.tir import TB, Expr
 
 
@@ -25,30 +25,34 @@ class Aarch64(Isa):
     """32 registers of four int32 lanes.
 
     A register tile is computed in blocks of columns, one after the other.
-
-    block : most columns of a block.
     """
 
     lanes = 4
     registers = 32
-    block: int
     saturating_rint = staticmethod(fcvtns)
 
-    def width(self, columns: int) -> int:
-        """Columns of a block of a tile."""
-        return max(w for w in range(4, self.block + 1, 4) if columns % w == 0)
+    def block(self, rows: int) -> int:
+        """The most columns of a block, whose sums stay in registers."""
+        raise NotImplementedError
+
+    def width(self, rows: int, columns: int, side: Side | None = None) -> int:
+        """Columns of a block of a tile. With `side`, tiles of all heights have as many iterations as the
+        default's.
+        """
+        most = self.block(self.tile.rows if side else rows)
+        return max(w for w in range(4, most + 1, 4) if columns % w == 0)
 
     def depths(self, depth: int | Expr) -> int:
         """Depths of one iteration of the innermost loop; an unknown `depth` is an expression."""
         return self.unit
 
     def side_steps(self, columns: int, depth: int) -> int:
-        return columns // self.width(columns) * (depth // self.depths(depth))
+        return columns // self.width(self.tile.rows, columns) * (depth // self.depths(depth))
 
     def register_tiles(self) -> list[tuple[int, int]]:
         """Up to twice the default's columns, in blocks of full width, and down to half of its rows."""
         most = self.tile.rows, 2 * self.tile.columns
-        widths = [c for c in range(16, most[1] + 1, 16) if self.width(c) == self.block]
+        widths = [c for c in range(16, most[1] + 1, 16) if self.width(most[0], c) == self.block(most[0])]
         return [(rows, columns) for columns in widths for rows in range(most[0] // 2, most[0] + 1)]
 
     @staticmethod

@@ -19,7 +19,7 @@ from tvm_vitq.schedules import packing, tir
 from tvm_vitq.schedules.attention_body import AttentionBody
 from tvm_vitq.schedules.codebook import Form
 from tvm_vitq.schedules.isa import Isa, Tile, isa
-from tvm_vitq.schedules.kernel import Argument, Kernel, kernel_name
+from tvm_vitq.schedules.kernel import Argument, Kernel, Split, kernel_name
 from tvm_vitq.schedules.packing import GROUP
 from tvm_vitq.schedules.tir import LANES
 
@@ -93,7 +93,16 @@ class Attention:
         """The tile sizes in force. The passes in the loop need registers, those of one row of sums."""
         if self.tile is None and self.staggered:
             return replace(self.target.tile, rows=self.target.tile.rows - 1)
-        return self.tile or self.target.tile
+        return self.tile or self._own_tile or self.target.tile
+
+    @property
+    def _own_tile(self) -> Tile | None:
+        """`Isa.attention_tile`, unless its last one overlaps others too much: a row takes as long twice."""
+        tile = self.target.attention_tile
+        if tile is None:
+            return None
+        rows = Split.of(self.tq, tile.rows)
+        return tile if rows.count * rows.large - self.tq <= self.tq // 16 else None
 
     @property
     def score_columns(self) -> int:

@@ -87,6 +87,8 @@ class Isa:
         The default register tile.
     group_tile : Tile or None
         The one of products in groups, which keep a second set of sums; None: as `tile`.
+    attention_tile : Tile or None
+        The one of attention, whose heads have 32 or 64 channels; None: as `tile`.
     has_side : bool
         `matmul` takes `side`: its inner loop leaves issue slots for scalar work.
     has_start : bool
@@ -109,6 +111,7 @@ class Isa:
     unrolls: tuple[int, ...] = (1,)
     tile: Tile
     group_tile: Tile | None = None
+    attention_tile: Tile | None = None
     has_side: bool = False
     has_start: bool = False
     wide_left: bool = False

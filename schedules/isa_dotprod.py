@@ -19,15 +19,19 @@ class Dotprod(SignedLeft):
     instruction = "sdot"
     has_side = True
     tile = Tile(rows=7, columns=48)
-    block = 12
-    """With 7 rows 21 sums, 7 registers of x, and 4 for the weights passing by. 6 rows by 16 columns would
-    need all 32 registers, and scheduling for some cores (Neoverse N1) then spills."""
+    attention_tile = Tile(rows=5, columns=64)
+
+    def block(self, rows: int) -> int:
+        """12 for 7 rows: 21 sums, 7 registers of x, and 4 for the weights passing by. 6 rows by 16 columns
+        would need all 32 registers, and scheduling for some cores (Neoverse N1) then spills.
+        """
+        return 4 * max(21 // rows, 1)
 
     def matmul(
         self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str,
         full_range: bool, side: Side | None = None,
     ) -> None:  # fmt: skip
-        width = self.width(columns)
+        width = self.width(rows, columns, side)
         vectors = width // self.lanes
         with TB.serial(0, columns // width) as i:
             acc = [[self.accumulator() for _ in range(vectors)] for _ in range(rows)]

@@ -25,9 +25,13 @@ class I8mm(Aarch64):
     instruction = "smmla"
     has_side = True
     tile = Tile(rows=4, columns=48)
-    block = 24
-    """With two pairs of rows 24 sums. Joining two rows of x in one register keeps a unit busy that could do
-    an smmla, so blocks are wide and low."""
+    attention_tile = Tile(rows=6, columns=64)
+
+    def block(self, rows: int) -> int:
+        """24 for two pairs of rows: 24 sums. Joining two rows of x in one register keeps a unit busy that
+        could do an smmla, so blocks are wide and low.
+        """
+        return 4 * max(12 // tir.ceildiv(rows, 2), 1)
 
     def depths(self, depth: int | Expr) -> int:
         """A whole register of each row, where that divides the depth: half as many loads."""
@@ -38,7 +42,7 @@ class I8mm(Aarch64):
         full_range: bool, side: Side | None = None,
     ) -> None:  # fmt: skip
         pairs = [(r, r + 1) for r in range(0, rows - 1, 2)] + [(max(rows - 2, 0), rows - 1)] * (rows % 2)
-        width = self.width(columns)
+        width = self.width(rows, columns, side)
         vectors = width // 2
         unit = self.depths(depth)
         with TB.serial(0, columns // width) as i:

@@ -22,19 +22,22 @@ class Neon(SignedLeft):
     instruction = "smlal2"
     has_side = False  # the loop needs all registers: with lookups in it LLVM spills, which costs more
     tile = Tile(rows=4, columns=16)
-    block = 4
-    """4 x 4 sums, 8 operands and 8 products in flight fill the registers."""
+
+    def block(self, rows: int) -> int:
+        """4 x 4 sums, 8 operands and 8 products in flight fill the registers."""
+        return 4
 
     def matmul(
         self, rows: int, columns: int, depth: int, left: Left, right: Right, sink: Sink, source: str,
         full_range: bool, side: Side | None = None,
     ) -> None:  # fmt: skip
-        with TB.serial(0, columns // self.block) as i:
-            acc = [[self.accumulator() for _ in range(self.block)] for _ in range(rows)]
-            first, size = i * (self.block * self.step), self.unit * columns
+        width = self.width(rows, columns, side)
+        with TB.serial(0, columns // width) as i:
+            acc = [[self.accumulator() for _ in range(width)] for _ in range(rows)]
+            first, size = i * (width * self.step), self.unit * columns
             with self.loop(depth // self.unit, first, size) as (block, offset):
                 x = [tir.let(left(r, block * self.unit, 16)) for r in range(rows)]
-                for c in range(self.block):
+                for c in range(width):
                     w = tir.let(right(offset + c * self.step, 16))
                     for r in range(rows):
                         old = tir.load(acc[r][c], 0, 4)
@@ -42,10 +45,10 @@ class Neon(SignedLeft):
                 if side is not None:
                     side(i * (depth // self.unit) + block)
             for r in range(rows):
-                sums = [tir.load(acc[r][c], 0, 4) for c in range(self.block)]
+                sums = [tir.load(acc[r][c], 0, 4) for c in range(width)]
                 while len(sums) > 1:
                     sums = [_pairwise(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
-                sink(r, i * self.block, sums[0], 4)
+                sink(r, i * width, sums[0], 4)
 
     def _dot(self, acc: Expr, x: Expr, w: Expr, full_range: bool) -> Expr:
         low, high = (_products(x, w, half) for half in (0, 1))

@@ -39,6 +39,7 @@ def make_cases(target: str) -> list[Case]:
     norms = {"norm": (5, 192, CODES), "norm_tail": (3, 50, CODES), "norm_wide": (2, 17, WIDE)}
     cases += [layer_norm_case(name, *shape) for name, shape in norms.items()]
     cases.append(attention_case("attention", target, (1, 2, 21, 21, 32, 32)))
+    cases.append(attention_case("attention_tile", target, (1, 1, 30, 30, 64, 64)))
     cases.append(attention_case("attention_tails", target, (1, 1, 3, 37, 20, 23), bits=4))
     cases.append(attention_case("attention_extreme", target, (1, 1, 4, 16, 32, 16), extreme=True))
     cases.append(attention_case("row_maximum", target, (1, 2, 21, 21, 32, 24), step=None))
