@@ -26,7 +26,7 @@ from tvm_vitq.schedules.tir import LANES
 Array = npt.NDArray
 
 TASKS = 6
-"""Heads are cut into blocks of rows when there are fewer of them than this, where the schedule does not say."""
+"""Heads are cut into blocks of rows when there are fewer tasks than this, where the schedule does not say."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from tvm_vitq.numerics import Output
 from tvm_vitq.numerics_groups import GroupQuantizers
 from tvm_vitq.schedules.group_codes import GroupCodes
 from tvm_vitq.schedules.group_linear import GroupLinear
+from tvm_vitq.schedules.group_operands import codes_of, operands_of, table_of
 from tvm_vitq.schedules.group_table import GroupLayout, GroupTable
 from tvm_vitq.schedules.isa import Tile, isa
 
@@ -51,23 +52,6 @@ def quantizers_of(
     return x, GroupQuantizers(tokens, low, high, multiplier, zero, *ends)
 
 
-def table_of(groups: np.ndarray, quantizers: GroupQuantizers, layout: GroupLayout) -> np.ndarray:
-    """What GroupTable computes, with 0 where it writes nothing."""
-    table = np.zeros((len(groups), layout.size), np.int32)
-    for row, chosen in zip(table, groups, strict=True):
-        row[: layout.positions] = layout.k
-        start = 0
-        for g in range(layout.groups):
-            channels = np.flatnonzero(chosen == g)
-            row[layout.starts + g] = start
-            row[start * layout.unit : start * layout.unit + len(channels)] = channels
-            start += -(-len(channels) // layout.unit)
-        row[layout.starts + layout.groups] = start
-        row[layout.multiplier : layout.multiplier + layout.k] = quantizers.multiplier[chosen].view(np.int32)
-        row[layout.zero : layout.zero + layout.k] = quantizers.zero_point[chosen]
-    return table
-
-
 def written(layout: GroupLayout) -> np.ndarray:
     """Entries of a table that mean something."""
     parts = [(layout.order, layout.positions), (layout.starts, layout.groups + 1)]
@@ -87,16 +71,9 @@ def codes_case(name: str, target: str, shape: tuple) -> Case:
     """`expected` holds 0 in padding."""
     images, tokens, _, k, groups, bits = shape
     x, quantizers = quantizers_of(images, tokens, k, groups, bits)
-    chosen = ng.int_assign(x, quantizers)
     spec = GroupCodes(target, len(x), k, tokens, groups, quantizers.codes)
-    layout, offset = spec.layout, isa(target).offset("int8")
-    table = table_of(chosen, quantizers, layout)
-    codes = ng.int_group_codes(x, chosen, quantizers).astype(np.int32) + offset
-    expected = np.zeros((images, tokens, layout.positions), isa(target).left_dtype("int8"))
-    for image, order in enumerate(table[:, : layout.positions]):
-        places = np.flatnonzero(order < k)
-        expected[image][:, places] = codes[image][:, order[places]]
-    return Case(name, spec, [x, table], [], expected.reshape(len(x), -1))
+    table = table_of(ng.int_assign(x, quantizers), quantizers, spec.layout)
+    return Case(name, spec, [x, table], [], codes_of(x, table, quantizers, spec.layout, isa(target)))
 
 
 def group_linear_case(name: str, target: str, shape: tuple, options: dict) -> Case:
@@ -113,8 +90,7 @@ def group_linear_case(name: str, target: str, shape: tuple, options: dict) -> Ca
     zero = {"none": 0, "scalar": 5, "vector": rng.integers(-9, 9, n)}[options.get("zero_point", "none")]
     zero = zero + (2048 if options["out"] is INDEX else 0)
     spec = GroupLinear(target, len(x), n, k, tokens=tokens, choices=groups, **options)
-    codes, table = (case(name, target, shape) for case in (codes_case, table_case))
-    inputs = [codes.expected, table.expected]
+    inputs = operands_of(spec, x, quantizers)
     arrays = spec.pack_groups(weight, bias, multiplier, zero, scale, quantizers.zero_point)
     expected = ng.int_group_linear(x, weight, bias, multiplier, zero, options["out"], quantizers, scale)
     if dtype := options.get("lookup"):

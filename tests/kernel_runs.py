@@ -11,7 +11,7 @@ from tvm_vitq import targets
 EVERY = ("avx512vnni", "avxvnni", "avx2", "x86_64")
 
 
-def _profile(isa: str) -> targets.TargetProfile:
+def profile_of(isa: str) -> targets.TargetProfile:
     """The oldest machine with the instruction set; 256-bit VNNI also exists as a part of AVX-512."""
     profile = targets.parse(f"x86-{isa}" if isa != "x86_64" else "x86-64")
     if isa == "avxvnni" and profile.missing_here():
@@ -19,14 +19,14 @@ def _profile(isa: str) -> targets.TargetProfile:
     return profile
 
 
-ISAS = tuple(isa for isa in EVERY if not _profile(isa).missing_here())
+ISAS = tuple(isa for isa in EVERY if not profile_of(isa).missing_here())
 """Instruction sets that this machine can run."""
 
 
 def run(case: Case, isa: str) -> np.ndarray:
     """What the compiled kernel returns."""
     kernel = case.spec.kernel()
-    executable = tvm.compile(tvm.IRModule({kernel.name: kernel.func}), _profile(isa).target)
+    executable = tvm.compile(tvm.IRModule({kernel.name: kernel.func}), profile_of(isa).target)
     out = kernel.arguments[-1]
     result = tvm.runtime.tensor(np.zeros(out.shape, out.dtype))
     executable[kernel.name](*(tvm.runtime.tensor(v) for v in case.operands()), result)

@@ -69,7 +69,7 @@ def test_a_schedule_of_another_space_is_refused(tasks):
     spec = tasks[0].spec
     good = first_schedule(spec)
     assert scheduled(spec, good).name != spec.name
-    for bad in ({}, {**good, "unroll": 77}, {**good, "more": 1}):
+    for bad in ({**good, "unroll": 77}, {**good, "more": 1}, {"unroll": 77}):
         with pytest.raises(VitqError, match="not a schedule of this kernel"):
             scheduled(spec, bad)
 

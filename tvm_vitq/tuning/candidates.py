@@ -21,7 +21,13 @@ from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule.feature_extractor import PyFeatureExtractor
 from tvm.s_tir.meta_schedule.mutator import PyMutator
 
-from tvm_vitq.schedules.space import space_of
+from tvm_vitq.schedules.attention import Attention
+from tvm_vitq.schedules.group_linear import GroupLinear
+from tvm_vitq.schedules.isa import ORDERS
+from tvm_vitq.schedules.layer_norm import LayerNorm
+from tvm_vitq.schedules.linear import Linear
+from tvm_vitq.schedules.space import completed, space_of
+from tvm_vitq.schedules.tir import LANES, ceildiv
 from tvm_vitq.tuning.tasks import Task
 
 BLOCK = "kernel"
@@ -47,11 +53,12 @@ def design(spec: Any, taken: Mapping[str, Any] | None = None) -> Any:
     taken : decides instead of chance.
     """
     space = space_of(spec)
+    given = None if taken is None else completed(spec, taken)
 
     def schedule(sch: Schedule) -> None:
         block = sch.get_sblock(BLOCK)
         for name, candidates in space.items():
-            decision = None if taken is None else candidates.index(taken[name])
+            decision = None if given is None else candidates.index(given[name])
             count = len(candidates)
             picked = sch.sample_categorical(list(range(count)), [1.0 / count] * count, decision)
             sch.annotate(block, PREFIX + name, picked)
@@ -90,28 +97,38 @@ class MutateDecision(PyMutator):
         return MutateDecision(int(self.random.integers(2**31)))
 
 
-FEATURES = 14
+FEATURES = 15
+
+
+def _sizes(spec: Any) -> tuple[int, int, int, int]:
+    """Rows, columns and depth, and how often there are as many rows. Of attention, its first product."""
+    if isinstance(spec, Attention):
+        return spec.tq, spec.tk, spec.d, spec.batch * spec.heads
+    if isinstance(spec, LayerNorm):
+        return spec.m, spec.c, 1, 1
+    if isinstance(spec, GroupLinear):
+        return spec.tokens, spec.n, spec.k, spec.m // spec.tokens
+    return spec.m, spec.n, spec.k, 1
 
 
 def features(spec: Any, schedule: Mapping[str, Any]) -> np.ndarray:
     """What the cost model knows of a schedule, [FEATURES] float32: logarithms of sizes, bytes and counts."""
-    rows, columns = schedule["register_tile"]
-    m, n, k = (
-        (spec.m, spec.n, spec.k) if hasattr(spec, "m") else (spec.tq, spec.tk, spec.d)
-    )  # attention: its first product
-    block = min(schedule.get("block_rows", m), m)
-    vectors = -(-columns // spec.target.lanes)
-    panels, blocks = -(-n // columns), -(-m // block)
+    m, n, k, times = _sizes(spec)
+    rows, columns = schedule.get("register_tile", (1, LANES))
+    vectors = 1 if isinstance(spec, LayerNorm) else ceildiv(columns, spec.target.lanes)
+    block = min(schedule["block_rows"], m)
+    panels, blocks = ceildiv(n, columns), ceildiv(m, block)
     numbers = [
         m, n, k, rows, columns, block,
         rows * vectors,  # sums in registers
         rows * vectors / (rows + vectors),  # products per load
         panels * columns / n,  # padding of columns
-        -(-m // rows) * rows / m,  # of rows
+        ceildiv(m, rows) * rows / m,  # of rows
         columns * k,  # bytes of a panel
         block * k,  # of the rows that pass it
-        panels * blocks,  # tasks
+        times * blocks * (panels if isinstance(spec, Linear) else 1),  # tasks
         schedule.get("unroll", 1),
+        1 + ORDERS.index(schedule.get("order", ORDERS[0])),
     ]  # fmt: skip
     return np.array([math.log2(v) for v in numbers], np.float32)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from tvm_vitq.reference import EXECUTE
 
 
 def example(graph: Dataflow, node: Call, rng: np.random.Generator) -> tuple[list[Array], Array]:
-    """Inputs of a kernel, in the order of its arguments, and what it gives for them.
+    """Inputs of an operator, each once, and what it gives for them.
 
     Parameters
     ----------
@@ -26,6 +27,10 @@ def example(graph: Dataflow, node: Call, rng: np.random.Generator) -> tuple[list
     info, variables = attrs(node), [arg for arg in node.args if not is_constant(arg)]
     apart = [v for n, v in enumerate(variables) if not any(v.same_as(w) for w in variables[:n])]
     values = [_random(graph, v, rng) for v in apart]
+    if "tokens" in info:
+        behind = 5 + ("epilogue" in info)
+        low, high = (value_of(v) for v in node.args[behind : behind + 2])
+        values[0] = _in_groups(values[0].shape, info["tokens"], low, high, rng)
 
     def read(arg: Expr) -> Array:
         if is_constant(arg):
@@ -44,6 +49,15 @@ def _random(graph: Dataflow, value: Expr, rng: np.random.Generator) -> Array:
     dtype, shape = dtype_of(value), tuple(shape_of(value))
     low, high = (-WIDE_MAX, WIDE_MAX) if dtype == "int32" else _limits(graph, value, np.iinfo(dtype))
     return rng.integers(low, high, shape, dtype, endpoint=True)
+
+
+def _in_groups(
+    shape: tuple[int, ...], tokens: int, low: Array, high: Array, rng: np.random.Generator
+) -> Array:
+    """A wide tensor whose channels choose among all groups, each image for itself."""
+    images = math.prod(shape[:-1]) // tokens
+    group = rng.integers(0, len(low), (images, 1, shape[-1]))
+    return rng.integers(low[group], high[group], (images, tokens, shape[-1]), np.int32, True).reshape(shape)
 
 
 def _limits(graph: Dataflow, value: Expr, of_type: Any) -> tuple[int, int]:

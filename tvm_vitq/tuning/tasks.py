@@ -71,8 +71,10 @@ def find_tasks(quantized: QuantizedModel, profile: TargetProfile, seed: int = 0)
 
 
 def _task(name: str, site: Site, calls: int, inputs: list[Array], expected: Array) -> Task:
+    own = site.inputs(inputs)
+
     def operands(spec: Any) -> list[Array]:
-        waiting = {"input": iter(inputs), "constant": iter(site.pack(spec))}
+        waiting = {"input": iter(own), "constant": iter(site.pack(spec))}
         arguments = spec.arguments()[:-1]
         return [np.ascontiguousarray(next(waiting[a.role])).reshape(a.shape) for a in arguments]
 

@@ -117,6 +117,6 @@ def start() -> None:
     import tvm  # noqa: F401
 
     from tvm_vitq import ffi
-    from tvm_vitq.schedules import attention, linear  # noqa: F401
+    from tvm_vitq.schedules import space  # noqa: F401
 
     ffi.runtime()  # which also keeps TVM from binding this thread to a core
