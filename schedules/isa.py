@@ -91,6 +91,8 @@ class Isa:
         The one of attention, whose heads have 32 or 64 channels; None: as `tile`.
     has_side : bool
         `matmul` takes `side`: its inner loop leaves issue slots for scalar work.
+    fetches_ahead : bool
+        With `has_side`: the loop has slots left to ask for the weights of the next panel.
     has_start : bool
         `matmul` takes `start`: its sums are whole lanes, which need not start from 0.
     wide_left : bool
@@ -113,6 +115,7 @@ class Isa:
     group_tile: Tile | None = None
     attention_tile: Tile | None = None
     has_side: bool = False
+    fetches_ahead: bool = True
     has_start: bool = False
     wide_left: bool = False
     permute: str | None = None

@@ -25,13 +25,14 @@ class I8mm(Aarch64):
     instruction = "smmla"
     has_side = True
     tile = Tile(rows=4, columns=48)
-    attention_tile = Tile(rows=6, columns=64)
+    attention_tile = Tile(rows=4, columns=64)
 
     def block(self, rows: int) -> int:
         """24 for two pairs of rows: 24 sums. Joining two rows of x in one register keeps a unit busy that
-        could do an smmla, so blocks are wide and low.
+        could do an smmla, so blocks are wide and low. A pair takes three more: its rows and both joined.
         """
-        return 4 * max(12 // tir.ceildiv(rows, 2), 1)
+        pairs = tir.ceildiv(rows, 2)
+        return 4 * max((30 - 3 * pairs) // (2 * pairs), 1)
 
     def depths(self, depth: int | Expr) -> int:
         """A whole register of each row, where that divides the depth: half as many loads."""

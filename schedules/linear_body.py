@@ -161,14 +161,16 @@ class LinearBody:
         elif self.spec.groups:
             self._partial(sums, row, column, rows, columns)
         else:
-            ahead = self._next_panel(column, columns)
+            ahead = self._next_panel(column, columns) if self.isa.fetches_ahead else None
 
             def side(i: Expr) -> None:
                 if lookup is not None:
                     lookup.step(i)
-                tir.prefetch(self.b["weight"], ahead(i))
+                if ahead is not None:
+                    tir.prefetch(self.b["weight"], ahead(i))
 
-            self._product(sums, row, column, rows, columns, 0, side if self.isa.has_side else None)
+            has_side = self.isa.has_side and (lookup is not None or ahead is not None)
+            self._product(sums, row, column, rows, columns, 0, side if has_side else None)
         if lookup is not None:
             lookup.write_previous()
         self._epilogue(sums, row, column, rows, columns, lookup)
