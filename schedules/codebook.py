@@ -1,12 +1,14 @@
 """Quantizers of probabilities that are codebooks: their form as kernel arguments, and the lookup of p.
 
 Distances y and edges are kept as int16, less 2**15, for which every instruction set has comparisons. There
-are three forms, for vectors of 2 * LANES distances:
+are four forms, for vectors of 2 * LANES distances:
 
 chain: all edges are compared, ``p = values[0] + sum_i (y < edges[i] ? values[i + 1] - values[i] : 0)``; two
     or three instructions each for as many lanes as a register has.
 blocks: where an instruction picks lanes by variable positions, and no more than one edge lies inside any of
     32 blocks of distances: y picks its edge, and p above and below it.
+lines: where an instruction picks lanes, see codebook_lines.py: y picks the line of its block, the line a
+    guess, the guess an edge to compare with, and the code p.
 buckets: y reads how many edges lie above the 2**BUCKET_BITS distances around it, one lane after the other,
     and is compared with those that may lie among these.
 """
@@ -21,6 +23,8 @@ import numpy.typing as npt
 
 from tvm_vitq.numerics_attention import DISTANCE_MAX, Probabilities
 from tvm_vitq.schedules import packing, tir
+from tvm_vitq.schedules.codebook_lines import FRACTION, lines
+from tvm_vitq.schedules.isa import Permute
 from tvm_vitq.schedules.kernel import Argument
 from tvm_vitq.schedules.tir import LANES, TB, Expr
 
@@ -49,10 +53,15 @@ HALF = 2**15
 
 @dataclass(frozen=True)
 class Form:
-    """Of a kernel's lookup: a `kind` and the number of comparisons for each distance."""
+    """Of a kernel's lookup: a `kind` and the number of comparisons for each distance.
+
+    blocks, entries : of "lines", the lengths of its tables.
+    """
 
     kind: str
     comparisons: int
+    blocks: int = 0
+    entries: int = 0
 
     @staticmethod
     def of(probs: Probabilities, permutes: bool) -> Form:
@@ -61,28 +70,35 @@ class Form:
         inside = probs.edges[probs.edges % BLOCK > 0] // BLOCK
         if permutes and len(np.unique(inside)) == len(inside):
             return Form("blocks", 1)
+        if permutes and (found := lines(probs.edges)) is not None:
+            entries = max(2 * LANES, 1 << len(probs.edges).bit_length())
+            return Form("lines", found.comparisons, found.blocks, entries)
         if len(probs.edges) <= CHAIN:
             return Form("chain", packing.padded(len(probs.edges), UNROLLED))
         return Form("buckets", int(np.bincount(probs.edges - 1 >> BUCKET_BITS).max()))
 
     @property
     def name(self) -> str:
-        return f"{self.kind}{self.comparisons}"
+        tables = f"x{self.blocks}x{self.entries}" if self.kind == "lines" else ""
+        return f"{self.kind}{self.comparisons}{tables}"
 
     def arguments(self) -> list[Argument]:
         """The arrays of `pack`."""
         lengths = {
             "chain": {"edges": self.comparisons, "values": self.comparisons + 1},
             "blocks": {"edges": LANES * 2, "values": LANES * 4},
+            "lines": dict(edges=self.entries, values=self.entries, base=self.blocks, slope=self.blocks),
             "buckets": {"edges": MOST, "values": MOST, "buckets": len(LAST)},
         }[self.kind]
-        dtypes = {"edges": "int16", "values": "uint16", "buckets": "uint16"}
-        return [Argument(name, (size,), dtypes[name], "constant") for name, size in lengths.items()]
+        return [
+            Argument(name, (size,), "int16" if name == "edges" else "uint16", "constant")
+            for name, size in lengths.items()
+        ]
 
     def pack(self, probs: Probabilities) -> list[Array]:
         """chain: edges, and values[0] with the differences. blocks: edge of each block, p not below and below
         it; blocks in the order of the upper bits of int16 distances. buckets: edges, values, and the code
-        of the last distance of each bucket.
+        of the last distance of each bucket. lines: edges, values, base, slope; blocks in the same order.
         """
         assert probs.edges is not None and probs.values is not None  # by construction in realize
         edges, *rest = (np.zeros(a.shape, a.dtype) for a in self.arguments())
@@ -97,17 +113,28 @@ class Form:
         edges[: len(probs.edges)] = probs.edges - HALF
         if self.kind == "chain":
             rest[0][: len(probs.values)] = np.diff(probs.values.astype(np.int32), prepend=0)
+            return [edges, *rest]
+        rest[0][: len(probs.values)] = probs.values
+        if self.kind == "buckets":
+            rest[1][:] = above(probs.edges, LAST)
         else:
-            rest[0][: len(probs.values)], rest[1][:] = probs.values, above(probs.edges, LAST)
+            found = lines(probs.edges)
+            assert found is not None  # by `of`
+            rest[1][:], rest[2][:] = (np.roll(a, self.blocks // 2) for a in (found.base, found.slope))
         return [edges, *rest]
 
 
 class Lookup:
     """Emits ``p = values[number of edges above y]`` for vectors of 2 * LANES distances."""
 
-    def __init__(self, form: Form, buffers: dict[str, Expr], permute: str | None) -> None:
+    def __init__(self, form: Form, buffers: dict[str, Expr], permute: Permute | None) -> None:
         self.form, self.b, self.permute, self.lanes = form, buffers, permute, 2 * LANES
-        emit = {"chain": self._chain, "blocks": self._blocks, "buckets": self._buckets}
+        emit = {
+            "chain": self._chain,
+            "blocks": self._blocks,
+            "lines": self._lines,
+            "buckets": self._buckets,
+        }
         self.emit: Callable[[Expr], Expr] = emit[form.kind]
         if form.kind == "chain":
             self.edges = [self._splat("edges", i) for i in range(form.comparisons)]
@@ -115,7 +142,7 @@ class Lookup:
         elif form.kind == "blocks":
             parts = (("edges", 0), ("values", 0), ("values", self.lanes))
             self.tables = [tir.let(tir.load(buffers[name], at, self.lanes)) for name, at in parts]
-        else:
+        elif form.kind == "buckets":
             self.distances, self.found = (tir.scratch(self.lanes, t) for t in ("int16", "uint16"))
 
     def __call__(self, y: Expr) -> Expr:
@@ -140,9 +167,46 @@ class Lookup:
         block = tir.let(y >> tir.constant(BLOCK.bit_length() - 1, "int16", self.lanes))
         types = (f"{t}x{self.lanes}" for t in ("int16", "uint16", "uint16"))
         edge, far, near = (
-            tir.intrinsic(self.permute, t, table, block) for t, table in zip(types, self.tables, strict=True)
+            self.permute(t, [table], block) for t, table in zip(types, self.tables, strict=True)
         )
         return tir.select(y < edge, near, far)
+
+    def _lines(self, y: Expr) -> Expr:
+        bits = 16 - (self.form.blocks.bit_length() - 1)
+        block = tir.let(tir.reinterpret(y >> tir.constant(bits, "int16", self.lanes), self._type("uint16")))
+        position = tir.reinterpret(y << tir.constant(16 - bits, "int16", self.lanes), self._type("uint16"))
+        base, slope = (self._entry(name, block) for name in ("base", "slope"))
+        fraction = tir.constant(FRACTION, "uint16", self.lanes)
+        code = tir.let((base - tir.multiply_high(tir.let(position), slope, self.lanes)) >> fraction)
+        zero, one = (tir.constant(c, "uint16", self.lanes) for c in (0, 1))
+        for _ in range(self.form.comparisons):
+            code = tir.let(code + tir.select(y < self._entry("edges", code), one, zero))
+        return self._entry("values", code)
+
+    def _entry(self, name: str, index: Expr) -> Expr:
+        """The entries of a table at the low bits of `index`: those of pieces that one instruction reads, then
+        one of them by each further bit.
+        """
+        buffer, at_once = self.b[name], 2 * self.lanes
+        dtype, size = self._type(str(buffer.dtype)), int(buffer.shape[0])
+        found = []
+        for start in range(0, size, at_once):
+            parts = range(start, min(start + at_once, size), self.lanes)
+            found.append(self.permute(dtype, [tir.load(buffer, at, self.lanes) for at in parts], index))
+        bit = at_once
+        while len(found) > 1:
+            some = index & tir.constant(bit, "uint16", self.lanes)
+            upper = tir.let(some) > tir.constant(0, "uint16", self.lanes)
+            found = [tir.let(tir.select(upper, b, a)) for a, b in zip(found[::2], found[1::2], strict=True)]
+            bit *= 2
+        # Through memory, from where LLVM takes it into a register again: TVM's simplifier needs time that is
+        # exponential in the number of selections that an expression nests.
+        entry = tir.scratch(self.lanes, str(buffer.dtype))
+        tir.store(entry, found[0], 0, self.lanes)
+        return tir.let(tir.load(entry, 0, self.lanes))
+
+    def _type(self, dtype: str) -> str:
+        return f"{dtype}x{self.lanes}"
 
     def _buckets(self, y: Expr) -> Expr:
         tir.store(self.distances, y, 0, self.lanes)

@@ -33,6 +33,9 @@ Start = Callable[[Expr, int], Expr]
 Side = Callable[[Expr], None]
 """``side(i)`` emits statements into iteration i of the innermost loop, out of `Isa.side_steps`."""
 
+Permute = Callable[[str, list[Expr], Expr], Expr]
+"""See `Isa.permute`."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -97,8 +100,9 @@ class Isa:
         `matmul` takes `start`: its sums are whole lanes, which need not start from 0.
     wide_left : bool
         Left operands are staged as int16, so that those of source "uint16" exist, less 2**15.
-    permute : str or None
-        LLVM intrinsic that picks lanes of a vector of 32 16-bit elements by the low bits of another one's.
+    permute : function or None
+        ``permute(dtype, tables, index)``: entries of one or two tables of 32 16-bit elements each, by the low
+        bits of 32 uint16 or int16 indices.
     saturating_rint : function or None
         float32 to int32 as one instruction that saturates, if there is one; outputs are then clipped as
         integers.
@@ -118,7 +122,7 @@ class Isa:
     fetches_ahead: bool = True
     has_start: bool = False
     wide_left: bool = False
-    permute: str | None = None
+    permute: Permute | None = None
     saturating_rint: SaturatingRint | None = None
 
     def left_dtype(self, source: str) -> str:

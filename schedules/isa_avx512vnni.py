@@ -23,7 +23,6 @@ class Avx512Vnni(Isa):
     unrolls = (1, 2, 4)
     has_side = True
     has_start = True
-    permute: str | None = "llvm.x86.avx512.permvar.hi.512"
     tile = Tile(rows=6, columns=64)
     group_tile: Tile | None = Tile(rows=3, columns=64)  # both sets of sums fit the registers
     dot_intrinsic = "llvm.x86.avx512.vpdpbusd.512"
@@ -43,6 +42,12 @@ class Avx512Vnni(Isa):
     def broadcast_left(self, word: Expr, source: str) -> Expr:
         lanes = tir.splat(tir.reinterpret(word, "int32"), self.lanes)
         return tir.reinterpret(lanes, f"uint8x{4 * self.lanes}")
+
+    def permute(self, dtype: str, tables: list[Expr], index: Expr) -> Expr:
+        if len(tables) == 1:
+            return tir.intrinsic("llvm.x86.avx512.permvar.hi.512", dtype, tables[0], index)
+        first, second = tables
+        return tir.intrinsic("llvm.x86.avx512.vpermi2var.hi.512", dtype, first, index, second)
 
     def dot(self, acc: Expr, left: Expr, right: Expr, source: str, full_range: bool) -> Expr:
         return tir.intrinsic(self.dot_intrinsic, f"int32x{self.lanes}", acc, left, right)

@@ -10,8 +10,12 @@ from kernel_cases import CODES, WIDE, attention_case, book
 from kernel_runs import ISAS, check
 
 from tvm_vitq.errors import VitqError
+from tvm_vitq.integerize.attention import site_probabilities
 from tvm_vitq.numerics import Output
 from tvm_vitq.numerics_attention import Probabilities
+from tvm_vitq.plan import SiteQuantizer
+from tvm_vitq.quantizers.codebook import PROBABILITY_GRID
+from tvm_vitq.schedules.codebook import Form
 
 SHAPES = {
     # name: (batch, heads, tq, tk, d, dv), options
@@ -47,6 +51,12 @@ def spaced(step: int, first: int, probs: Probabilities) -> Probabilities:
     return replace(probs, edges=(first + step * np.arange(len(probs.edges))[::-1]).astype(np.int32))
 
 
+def published(codec: str, bits: int) -> Probabilities:
+    """The book of a published quantizer of probabilities."""
+    site = SiteQuantizer(bits, [1 / (2**bits - 1)], [0], codec, params={"grid": PROBABILITY_GRID})
+    return site_probabilities("softmax", site, 50, codec)[0]
+
+
 BOOKS = {
     # name: shape, book, options; results are wide unless they say otherwise
     "vit": ((1, 2, 197, 197, 64, 64), book(16, 197), {"out": CODES}),
@@ -61,6 +71,12 @@ BOOKS = {
     "log2_row": ((1, 1, 5, 43, 16, 24), spaced(4096, 2049, book(16, 43, 255, relative=True, least=2)), {}),
     "log_sqrt2": ((1, 2, 33, 33, 16, 16), spaced(2048, 2048, book(31, 33)), {"spread": 8.0}),
     "log_odd": ((1, 2, 33, 33, 16, 16), spaced(2047, 4, book(33, 33)), {"spread": 8.0}),
+    "40_levels": ((1, 2, 33, 33, 16, 16), spaced(1500, 7, book(40, 33)), {"spread": 8.0}),
+    "100_levels": ((1, 2, 33, 33, 16, 16), spaced(611, 5000, book(100, 33, 255)), {"spread": 8.0}),
+    "256_levels": ((1, 2, 33, 33, 16, 16), spaced(256, 1, book(256, 33, relative=True)), {"spread": 8.0}),
+    "tangent": ((1, 1, 50, 50, 16, 16), published("tangent", 6), {"spread": 8.0}),
+    "twin_uniform": ((1, 1, 50, 50, 16, 16), published("twin_uniform", 8), {"spread": 8.0}),
+    "crowd": ((1, 1, 9, 9, 16, 16), spaced(1, 12984, book(4, 9)), {}),
     "511_keys": ((1, 1, 5, 511, 16, 16), book(16, 511, least=9), {}),
     "512_keys": ((1, 1, 5, 512, 16, 16), book(16, 512, least=9), {}),
     "5_bits": ((1, 1, 9, 21, 16, 16), book(32, 21), {}),
@@ -81,6 +97,12 @@ BOOKS = {
 def test_codebooks_equal_numerics(isa, name):
     shape, probs, options = BOOKS[name]
     check(attention_case(name, isa, shape, probs=probs, **{"out": WIDE, **options}), isa)
+
+
+def test_every_form_of_lookup_is_tried():
+    forms = {Form.of(probs, True).name for _, probs, _ in BOOKS.values()}
+    assert {"blocks1", "lines1x32x64", "lines2x64x64", "lines1x64x256", "chain4", "buckets2"} <= forms
+    assert {Form.of(probs, False).kind for _, probs, _ in BOOKS.values()} == {"chain", "buckets"}
 
 
 @pytest.mark.parametrize("isa", ISAS)
