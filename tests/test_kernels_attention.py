@@ -76,7 +76,7 @@ BOOKS = {
     "256_levels": ((1, 2, 33, 33, 16, 16), spaced(256, 1, book(256, 33, relative=True)), {"spread": 8.0}),
     "tangent": ((1, 1, 50, 50, 16, 16), published("tangent", 6), {"spread": 8.0}),
     "twin_uniform": ((1, 1, 50, 50, 16, 16), published("twin_uniform", 8), {"spread": 8.0}),
-    "crowd": ((1, 1, 9, 9, 16, 16), spaced(1, 12984, book(4, 9)), {}),
+    "crowd": ((1, 1, 9, 9, 16, 16), spaced(1, 12981, book(8, 9)), {}),
     "511_keys": ((1, 1, 5, 511, 16, 16), book(16, 511, least=9), {}),
     "512_keys": ((1, 1, 5, 512, 16, 16), book(16, 512, least=9), {}),
     "5_bits": ((1, 1, 9, 21, 16, 16), book(32, 21), {}),
@@ -101,7 +101,7 @@ def test_codebooks_equal_numerics(isa, name):
 
 def test_every_form_of_lookup_is_tried():
     forms = {Form.of(probs, True).name for _, probs, _ in BOOKS.values()}
-    assert {"blocks1", "lines1x32x64", "lines2x64x64", "lines1x64x256", "chain4", "buckets2"} <= forms
+    assert {"blocks1", "lines1x32x64", "lines2x64x64", "lines1x64x256", "chain8", "buckets2"} <= forms
     assert {Form.of(probs, False).kind for _, probs, _ in BOOKS.values()} == {"chain", "buckets"}
 
 
