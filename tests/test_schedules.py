@@ -51,7 +51,7 @@ def group_linear(isa, variant=0, tokens=25, schedule=None):
     return group_linear_case("", isa, shape, {**options, "tile": tile})
 
 
-def attention(isa, variant=0, queries=9, schedule=None):
+def attention(isa, variant=0, queries=7, schedule=None):
     case = attention_case("", isa, (1, 2, queries, 21, 12, 20), step=(0.0, None)[variant % 2])
     return case if schedule is None else replace(case, spec=scheduled(case.spec, schedule))
 
