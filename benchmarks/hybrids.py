@@ -24,7 +24,7 @@ from onnx import helper, numpy_helper
 from recipes import build, quick, synthetic
 from tvm import relax
 
-from tvm_vitq import targets
+from tvm_vitq import ffi, targets
 from tvm_vitq.frontend import import_model
 from tvm_vitq.frontend.canonicalize import bindings_of
 from tvm_vitq.ops import op_name, shape_of
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     options = parser.parse_args()
 
-    tvm.get_global_func("runtime.config_threadpool")(1, 1)
+    ffi.use_threads(1)
     profile = targets.parse(options.target)
     for name in options.models:
         model = import_model(name)

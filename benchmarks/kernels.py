@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tvm
 
-from tvm_vitq import targets
+from tvm_vitq import ffi, targets
 from tvm_vitq.integerize.attention import probabilities, site_probabilities
 from tvm_vitq.numerics import Output
 from tvm_vitq.plan import SiteQuantizer
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
-    tvm.get_global_func("runtime.config_threadpool")(1, 1)
+    ffi.use_threads(1)
     profile = targets.parse(options.target)
     target = isa(options.isa or profile.isa)
     reference = peak_kernel(target)

@@ -28,6 +28,7 @@ namespace runtime {
 namespace threading {
 // Exported by libtvm_runtime; the wheel does not ship the header that declares them.
 void SetMaxConcurrency(int count);
+int MaxConcurrency();
 void ResetThreadPool();
 }  // namespace threading
 }  // namespace runtime
@@ -155,10 +156,10 @@ void Run(const Options& options) {
   if (options.info) return;
   CheckRunsHere(options.library, meta);
   const std::vector<float> images = ReadImages(options.input, meta);
-  if (options.threads > 0) {
-    tvm::runtime::threading::SetMaxConcurrency(options.threads);
-    tvm::runtime::threading::ResetThreadPool();
-  }
+  // TVM asks the system for the number of CPUs in front of every parallel loop unless it has been told.
+  namespace threading = tvm::runtime::threading;
+  threading::SetMaxConcurrency(options.threads > 0 ? options.threads : threading::MaxConcurrency());
+  threading::ResetThreadPool();
 
   // A name without a slash would be looked up in the system's library folders.
   const std::string file = options.library.find('/') == std::string::npos ? "./" + options.library : options.library;

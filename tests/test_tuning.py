@@ -24,7 +24,7 @@ from tvm_vitq.schedules.linear import Linear
 from tvm_vitq.schedules.space import scheduled, space_of
 from tvm_vitq.tuning.apply import TunedSchedules, find_runs
 from tvm_vitq.tuning.measuring import Measuring
-from tvm_vitq.tuning.records import Record, Writer, best, read_run, target_name
+from tvm_vitq.tuning.records import Record, Run, Writer, best, read_run, target_name
 from tvm_vitq.tuning.tasks import find_tasks
 from tvm_vitq.tuning.workers import Device
 
@@ -138,6 +138,24 @@ def test_the_best_record_is_the_fastest_of_those_compared_in_turns():
     final = [replace(a, final=True), replace(b, final=True)]
     assert best([lucky, *final]) == {"k": final[0]}
     assert best([Record("k", None, error="x")]) == {}
+    default, hardly = Record("k", None, [2.0], final=True), Record("k", {"u": 1}, [1.99], final=True)
+    assert best([default, hardly]) == best([hardly, default]) == {"k": default}
+
+
+def test_records_of_as_many_threads_go_first(tmp_path):
+    def run(threads, **seconds):
+        records = [Record(kernel, {"u": threads}, [value]) for kernel, value in seconds.items()]
+        return Run(tmp_path, "x", {"threads": threads}, records)
+
+    runs = [run(1, a=4.0, b=4.0, c=4.0), run(2, a=2.0, b=2.0), run("one per core", a=3.0)]
+
+    def taken(threads):
+        found = TunedSchedules(runs, threads).records
+        return [found[kernel].schedule["u"] for kernel in "abc"]
+
+    assert taken(1) == [1, 1, 1]
+    assert taken(2) == [2, 2, 1]
+    assert taken(0) == taken(8) == ["one per core", 2, 1]
 
 
 def test_a_run_is_used_by_builds_and_changes_no_bit(quantized, tmp_path):

@@ -34,7 +34,7 @@ def compile_library(
     """See tvm_vitq.compile."""
     check_weights(weights)
     profile = parse(target)
-    schedules = TunedSchedules(find_runs(profile, tuning_logs))
+    schedules = TunedSchedules(find_runs(profile, tuning_logs), profile.threads)
     start = time.perf_counter()
     with profile.target:
         lowered = run_passes(quantized.mod, lower_passes(profile, schedules, weights == "packed"), first=1)

@@ -60,14 +60,20 @@ def find_runs(profile: TargetProfile, where: str | os.PathLike[str] | bool | Non
 class TunedSchedules:
     """Chooses for `lower_kernels`: the best record of a kernel, or its default schedule.
 
+    Records made with as many threads as the library is built for (0: one per core) go before others, of
+    which those with more threads come first; times are compared only within the same number.
+
     Attributes
     ----------
     tuned : names of the kernels, as scheduled, that have a record.
     notes : kernels whose record could not be used, with the reason.
     """
 
-    def __init__(self, runs: list[Run]) -> None:
-        self.records: dict[str, Record] = best(record for run in runs for record in run.records)
+    def __init__(self, runs: list[Run], threads: int = 0) -> None:
+        self.records: dict[str, Record] = {}
+        for count in sorted({run.threads for run in runs}, key=lambda n: (n != threads, n != 0, -n)):
+            found = best(record for run in runs if run.threads == count for record in run.records)
+            self.records = {**found, **self.records}
         self.tuned: set[str] = set()
         self.notes: dict[str, str] = {}
 

@@ -19,6 +19,10 @@ from tvm_vitq.targets import TargetProfile
 FORMAT, FORMAT_VERSION = "tvm-vitq tuning records", 1
 
 
+GAIN = 1.01
+"""See `best`."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One measured candidate.
@@ -53,6 +57,12 @@ class Run:
     target: str
     about: Mapping[str, Any]
     records: list[Record]
+
+    @property
+    def threads(self) -> int:
+        """Of the kernels' thread pool; 0: one per core."""
+        stated = self.about.get("threads")
+        return stated if isinstance(stated, int) else 0
 
 
 def target_name(profile: TargetProfile) -> str:
@@ -116,12 +126,14 @@ class Writer:
 
 
 def best(records: Iterable[Record]) -> dict[str, Record]:
-    """The fastest record of each kernel: of those that were compared in turns, if there are any."""
+    """The fastest record of each kernel: of those that were compared in turns, if there are any. There, the
+    default schedule yields only to one that is faster by `GAIN`: it suits other numbers of threads as well.
+    """
     found: dict[str, Record] = {}
+    rank: dict[str, tuple[bool, float]] = {}
     for record in records:
-        known = found.get(record.kernel)
-        if record.seconds and (
-            known is None or (record.final, -record.fastest) > (known.final, -known.fastest)
-        ):
-            found[record.kernel] = record
+        handicap = GAIN if record.final and record.schedule is not None else 1.0
+        own = (not record.final, record.fastest * handicap)
+        if record.seconds and own < rank.get(record.kernel, (True, float("inf"))):
+            found[record.kernel], rank[record.kernel] = record, own
     return found

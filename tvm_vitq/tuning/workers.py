@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tvm_vitq import ffi
 from tvm_vitq.numerics import Array
 from tvm_vitq.targets import TargetProfile
 
@@ -67,9 +69,9 @@ def measure(
     import tvm
 
     seconds: list[list[float]] = [[] for _ in candidates]
-    with _opened(device) as (load, place, pool):
+    with _opened(device) as (load, place, use_threads):
         if device.threads:
-            pool(1, device.threads)
+            use_threads(device.threads)
         result = tvm.runtime.tensor(np.zeros(expected.shape, expected.dtype), place)
         ready = []
         for candidate in candidates:
@@ -95,9 +97,8 @@ def _opened(device: Device) -> Iterator[tuple[Any, Any, Any]]:
     import tvm
     from tvm import rpc
 
-    pool = "runtime.config_threadpool"
     if device.tracker is None:
-        yield tvm.runtime.load_module, tvm.cpu(), tvm.get_global_func(pool)
+        yield tvm.runtime.load_module, tvm.cpu(), ffi.use_threads
         return
     host, port, key = device.tracker
     session = rpc.connect_tracker(host, port).request(key, session_timeout=60)
@@ -107,7 +108,7 @@ def _opened(device: Device) -> Iterator[tuple[Any, Any, Any]]:
         return session.load_module(Path(path).name)
 
     try:
-        yield load, session.cpu(), session.get_function(pool)
+        yield load, session.cpu(), partial(session.get_function("runtime.config_threadpool"), 1)
     finally:
         session.remove("")  # what was uploaded
 
