@@ -151,29 +151,35 @@ class LinearBody:
         spec = self.spec
         elements = self.rows.large * spec.tiles.columns
         per_step = tir.ceildiv(elements, self.isa.side_steps(spec.tiles.columns, spec.whole_depth))
-        takes_side = self.isa.has_side and (spec.multiples or not spec.groups)
-        return bool(spec.lookup) and takes_side and per_step <= MAX_SIDE_LOOKUPS
+        return bool(spec.lookup) and self.isa.has_side and per_step <= MAX_SIDE_LOOKUPS
 
     def _tile(self, row: Expr, column: Expr, rows: int, columns: int, lookup: DelayedLookup | None) -> None:
         sums = tir.scratch(rows * columns, "int32")
         if self.spec.multiples:
             self._multiples(sums, row, column, rows, columns, lookup)
         elif self.spec.groups:
-            self._partial(sums, row, column, rows, columns)
+            self._partial(sums, row, column, rows, columns, lookup)
         else:
-            ahead = self._next_panel(column, columns) if self.isa.fetches_ahead else None
-
-            def side(i: Expr) -> None:
-                if lookup is not None:
-                    lookup.step(i)
-                if ahead is not None:
-                    tir.prefetch(self.b["weight"], ahead(i))
-
-            has_side = self.isa.has_side and (lookup is not None or ahead is not None)
-            self._product(sums, row, column, rows, columns, 0, side if has_side else None)
+            side = self._side(column, columns, lookup, 0)
+            self._product(sums, row, column, rows, columns, 0, side)
         if lookup is not None:
             lookup.write_previous()
         self._epilogue(sums, row, column, rows, columns, lookup)
+
+    def _side(self, column: Expr, columns: int, lookup: DelayedLookup | None, group: Expr) -> Side | None:
+        """What the product of a group does besides: lookups for the tile before, asking for weights."""
+        ahead = self._next_panel(column, columns) if self.isa.fetches_ahead else None
+        if not self.isa.has_side or (lookup is None and ahead is None):
+            return None
+        before = group * self.isa.side_steps(columns, self.spec.depth)
+
+        def side(i: Expr) -> None:
+            if lookup is not None:
+                lookup.step(before + i)
+            if ahead is not None:
+                tir.prefetch(self.b["weight"], ahead(before + i))
+
+        return side
 
     def _product(
         self,
@@ -219,7 +225,6 @@ class LinearBody:
         """sums = sum over groups of count times product: all of them stay in registers."""
         for i in range(0, rows * columns, GROUP):
             tir.store(sums, tir.constant(0, "int32"), i)
-        steps = self.isa.side_steps(columns, self.spec.depth)
         with TB.serial(0, self.groups) as group:
 
             def sink(r: int, c: Expr, value: Expr, lanes: int) -> None:
@@ -227,19 +232,21 @@ class LinearBody:
                 at = r * columns + c
                 tir.store(sums, tir.load(sums, at, lanes) + value * count, at, lanes)
 
-            def side(i: Expr) -> None:
-                assert lookup is not None
-                lookup.step(group * steps + i)
+            side = self._side(column, columns, lookup, group)
+            self._dots(row, column, rows, columns, group, sink, side)
 
-            self._dots(row, column, rows, columns, group, sink, side if lookup else None)
-
-    def _partial(self, sums: Expr, row: Expr, column: Expr, rows: int, columns: int) -> None:
+    def _partial(
+        self, sums: Expr, row: Expr, column: Expr, rows: int, columns: int, lookup: DelayedLookup | None
+    ) -> None:
         """sums = sum over groups of the rounded, scaled products; bias comes with the epilogue."""
         dots = tir.scratch(rows * columns, "int32")
-        for i in range(0, rows * columns, GROUP):
-            tir.store(sums, tir.constant(0, "int32"), i)
+        several = self.groups > 1
+        if several:
+            for i in range(0, rows * columns, GROUP):
+                tir.store(sums, tir.constant(0, "int32"), i)
         with TB.serial(0, self.groups) as group:
-            self._product(dots, row, column, rows, columns, group)
+            side = self._side(column, columns, lookup, group)
+            self._product(dots, row, column, rows, columns, group, side)
             for c in range(0, columns, GROUP):
                 at = [group, column + c]
                 bias = tir.let(tir.load(self.b["group_bias"], at))
@@ -253,8 +260,10 @@ class LinearBody:
                     if self.spec.row_scales:
                         scaled = scaled * tir.splat(tir.load(self.b["row_multiplier"], row + r, 1))
                     scaled = tir.clip(scaled, float(-WIDE_MAX), float(WIDE_MAX), "float32")
-                    old = tir.load(sums, r * columns + c)
-                    tir.store(sums, old + tir.rint(scaled), r * columns + c)
+                    total = tir.rint(scaled)
+                    if several:
+                        total = tir.load(sums, r * columns + c) + total
+                    tir.store(sums, total, r * columns + c)
 
     def _epilogue(
         self, sums: Expr, row: Expr, column: Expr, rows: int, columns: int, lookup: DelayedLookup | None

@@ -23,6 +23,18 @@ SHAPES = {
     "window": ((49, 36, 48), {"out": CODES, "zero_point": "scalar"}),
     "gelu": ((197, 100, 48), {"out": INDEX, "lookup": "int8", "zero_point": "scalar"}),
     "gelu_one": ((1, 64, 384), {"out": INDEX, "lookup": "int8", "zero_point": "scalar"}),
+    "gelu_rows": (
+        (50, 80, 48),
+        {
+            "out": INDEX,
+            "lookup": "int8",
+            "groups": 1,
+            "row_scales": True,
+            "row_zero_points": True,
+            "zero_point": "scalar",
+        },
+    ),  # fmt: skip
+    "gelu_groups": ((33, 100, 96), {"out": INDEX, "lookup": "int8", "groups": 3, "zero_point": "scalar"}),
     "tall": ((400, 40, 48), {"out": WIDE, "residual": True}),
     "batch": ((400, 24, 128), {"out": INDEX, "lookup": "int32", "zero_point": "vector"}),
 }
