@@ -33,7 +33,7 @@ SHAPES = {
             "row_zero_points": True,
             "zero_point": "scalar",
         },
-    ),  # fmt: skip
+    ),
     "gelu_groups": ((33, 100, 96), {"out": INDEX, "lookup": "int8", "groups": 3, "zero_point": "scalar"}),
     "tall": ((400, 40, 48), {"out": WIDE, "residual": True}),
     "batch": ((400, 24, 128), {"out": INDEX, "lookup": "int32", "zero_point": "vector"}),
