@@ -11,6 +11,23 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _pool_of_threads():
+    """TVM's pool of the thread that runs the tests, large enough for all of them: it cannot grow later."""
+    from tvm_vitq import cpu, ffi
+
+    ffi.use_threads(max(3, cpu.usable_cores()))
+
+
+@pytest.fixture
+def use_threads():
+    """`ffi.use_threads`, until the end of a test."""
+    from tvm_vitq import cpu, ffi
+
+    yield ffi.use_threads
+    ffi.use_threads(cpu.usable_cores())
+
+
 @pytest.fixture(scope="session")
 def toy_module():
     """float32 (1, 3, 8, 8) -> (1, 96): a matmul of small whole numbers, exact in any order."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tvm
 from group_cases import LINEARS, codes_case, group_linear_case, table_case, written
 from kernel_cases import CODES, INDEX
 from kernel_runs import ISAS, check, run
@@ -41,15 +40,11 @@ def test_table_and_codes_equal_numerics(isa, name):
         np.testing.assert_array_equal(got[image][:, places], expected[image][:, places])
 
 
-def test_two_threads_and_one_give_the_same():
+def test_two_threads_and_one_give_the_same(use_threads):
     """Tasks write disjoint parts of the result."""
-    configure = tvm.get_global_func("runtime.config_threadpool")
-    try:
-        for threads in (1, 2):
-            configure(1, threads)
-            check(group_linear_case("deit", ISAS[0], *SHAPES["deit"]), ISAS[0])
-    finally:
-        configure(0, 0)
+    for threads in (1, 2):
+        use_threads(threads)
+        check(group_linear_case("deit", ISAS[0], *SHAPES["deit"]), ISAS[0])
 
 
 def test_names_tell_functions_apart():

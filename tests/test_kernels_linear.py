@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tvm
 from kernel_cases import CODES, INDEX, LINEARS, LOGITS, WIDE, linear_case
 from kernel_runs import ISAS, check
 
@@ -65,16 +64,12 @@ def test_any_tile_gives_the_same(tile):
         check(linear_case("tile", ISAS[0], (50, 84, 96), {**options, "tile": tile}), ISAS[0])
 
 
-def test_two_threads_and_one_give_the_same():
+def test_two_threads_and_one_give_the_same(use_threads):
     """Tasks write disjoint parts of the result."""
     case = linear_case("threads", ISAS[0], (197, 128, 64), {"out": CODES, "zero_point": "scalar"})
-    configure = tvm.get_global_func("runtime.config_threadpool")
-    try:
-        for threads in (1, 2):
-            configure(1, threads)
-            check(case, ISAS[0])
-    finally:
-        configure(0, 0)
+    for threads in (1, 2):
+        use_threads(threads)
+        check(case, ISAS[0])
 
 
 def test_names_tell_functions_apart():

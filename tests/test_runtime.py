@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import pytest
 
-from tvm_vitq import cpu, library_format, runtime
+from tvm_vitq import cpu, ffi, library_format, runtime
 from tvm_vitq.errors import VitqError
 from tvm_vitq.runtime import load_library
 
@@ -103,6 +103,27 @@ def test_thread_settings(exported, monkeypatch):
     monkeypatch.setenv("VITQ_NUM_THREADS", "-2")
     with pytest.raises(VitqError, match="VITQ_NUM_THREADS"):
         library.benchmark(repeat=2)
+
+
+def test_the_number_of_threads_grows_up_to_the_first(exported, images):
+    """TVM's pool of a thread does not grow; what it cannot do is refused."""
+    library = load_library(exported)
+    most = cpu.usable_cores() + 1
+    found = []
+
+    def calls():
+        for threads in (most, 1, most, most + 1, 1):
+            library.num_threads = threads
+            try:
+                library(images)
+                found.append(ffi.runtime().get_global_func("runtime.NumThreads")())
+            except VitqError as error:
+                found.append(error.what)
+
+    thread = threading.Thread(target=calls)  # has a pool of its own
+    thread.start()
+    thread.join()
+    assert found == [most, 1, most, "too many threads", 1]
 
 
 def test_calls_from_several_threads(exported, images, expected):

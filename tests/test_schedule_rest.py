@@ -232,16 +232,14 @@ def test_grouped_convolutions_keep_their_layout() -> None:
     np.testing.assert_allclose(run(numbers(*shape)), want.numpy(), atol=1e-5)
 
 
-def test_threads_change_no_value() -> None:
+def test_threads_change_no_value(use_threads) -> None:
     weight = numbers(32, 16, 3, 3)
     shape = (1, 16, 28, 28)
     _, run = compiled(lambda block, x: relax.op.nn.conv2d(x, relax.const(weight), padding=1), shape, "llvm")
-    use_threads = tvm.get_global_func("runtime.config_threadpool")
     results = []
     for threads in (1, 2):
-        use_threads(1, threads)
+        use_threads(threads)
         results.append(run(numbers(*shape)))
-    use_threads(0, 0)
     np.testing.assert_array_equal(*results)
 
 

@@ -77,7 +77,7 @@ def covering(space):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_candidate_equals_numerics(kind):
+def test_every_candidate_equals_numerics(kind, use_threads):
     """Odd sizes, under one thread and under two."""
     isa = ISAS[:2][-1] if kind == "group_linear" else ISAS[0]  # narrower registers have fewer tiles
     schedules = covering(space_of(KINDS[kind](isa).spec))
@@ -85,16 +85,12 @@ def test_every_candidate_equals_numerics(kind):
     functions = {case.spec.name: case.spec.kernel().func for case in cases}
     assert len(functions) == len(cases)
     executable = tvm.compile(tvm.IRModule(functions), profile_of(isa).target)
-    configure = tvm.get_global_func("runtime.config_threadpool")
-    try:
-        for threads in (1, 2):
-            configure(1, threads)
-            for case in cases:
-                out = tvm.runtime.tensor(np.zeros(case.expected.shape, case.expected.dtype))
-                executable[case.spec.name](*map(tvm.runtime.tensor, case.operands()), out)
-                np.testing.assert_array_equal(out.numpy(), case.expected, case.spec.name)
-    finally:
-        configure(0, 0)
+    for threads in (1, 2):
+        use_threads(threads)
+        for case in cases:
+            out = tvm.runtime.tensor(np.zeros(case.expected.shape, case.expected.dtype))
+            executable[case.spec.name](*map(tvm.runtime.tensor, case.operands()), out)
+            np.testing.assert_array_equal(out.numpy(), case.expected, case.spec.name)
 
 
 def program(spec):

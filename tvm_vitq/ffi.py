@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from tvm_vitq import settings
+from tvm_vitq import cpu, settings
 from tvm_vitq.errors import VitqError
 
 RUNTIME_LIBRARIES = ("tvm_runtime", "tvm_runtime_extra")
@@ -71,16 +71,36 @@ def library_folder() -> Path:
 def use_threads(count: int) -> None:
     """Gives the calling thread a pool of `count` threads in TVM; TVM keeps one pool per calling thread.
 
-    `runtime.config_threadpool` can only narrow a pool whose size TVM fixed when it first ran something, to
-    half of the logical CPUs on x86 whether or not these are hyper-threads. So the C++ functions that TVM has
-    for this are called by their mangled names; the version pin of apache-tvm keeps them valid.
+    A pool never grows, so it is made for all usable cores, or for the first count if that is more, and
+    `runtime.config_threadpool` says how many work. That function makes TVM ask the system for the number of
+    CPUs in front of every parallel loop, until it is told again. What TVM does not register is called by its
+    mangled name; the version pin of apache-tvm keeps these valid.
+
+    Raises
+    ------
+    VitqError : the pool of this thread is smaller.
     """
-    runtime()
+    registered = runtime().get_global_func
     if getattr(_pool, "count", 0) == count:
         return
+    by_number = 1  # TVM's AffinityMode kBig: the number decides
     with _lock:
-        _loaded[0]["_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"](ctypes.c_int(count))
-        _loaded[0]["_ZN3tvm7runtime9threading15ResetThreadPoolEv"]()
+        expect = _loaded[0]["_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"]
+        if not hasattr(_pool, "count"):
+            expect(ctypes.c_int(max(count, cpu.usable_cores())))
+            _loaded[0]["_ZN3tvm7runtime9threading15ResetThreadPoolEv"]()
+        _pool.count = 0
+        registered("runtime.config_threadpool")(by_number, count)
+        expect(ctypes.c_int(count))
+    working = registered("runtime.NumThreads")()
+    if working != count:
+        raise VitqError(
+            "too many threads",
+            where="num_threads",
+            got=count,
+            expected=f"at most {working}, the size of TVM's pool for this thread, which cannot grow",
+            fix="begin with the largest number, or call from a new thread",
+        )
     _pool.count = count
 
 
