@@ -29,7 +29,6 @@ namespace threading {
 // Exported by libtvm_runtime; the wheel does not ship the header that declares them.
 void SetMaxConcurrency(int count);
 int MaxConcurrency();
-void ResetThreadPool();
 }  // namespace threading
 }  // namespace runtime
 }  // namespace tvm
@@ -159,7 +158,6 @@ void Run(const Options& options) {
   // TVM asks the system for the number of CPUs in front of every parallel loop unless it has been told.
   namespace threading = tvm::runtime::threading;
   threading::SetMaxConcurrency(options.threads > 0 ? options.threads : threading::MaxConcurrency());
-  threading::ResetThreadPool();
 
   // A name without a slash would be looked up in the system's library folders.
   const std::string file = options.library.find('/') == std::string::npos ? "./" + options.library : options.library;
@@ -209,6 +207,7 @@ void Run(const Options& options) {
 
 int main(int argc, char** argv) {
   setenv("TVM_BIND_THREADS", "0", 0);  // or TVM moves this thread to core 0, whatever taskset says
+  setenv("TVM_THREAD_POOL_SPIN_COUNT", "2000", 0);  // or the program ends late where others use its cores
   try {
     Run(ParseOptions(argc, argv));
   } catch (const Error& error) {

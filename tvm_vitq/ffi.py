@@ -40,7 +40,8 @@ def runtime() -> ModuleType:
             import tvm_ffi
         if not _loaded:
             # Its default moves the thread that calls a kernel on one thread to core 0, and leaves it there.
-            os.putenv(settings.BIND.name, str(settings.BIND.value))
+            for setting in (settings.BIND, settings.SPIN):
+                os.putenv(setting.name, str(setting.value))
             folder = library_folder()
             # Global symbols, as tvm itself loads them: libraries name no dependencies and find these.
             _loaded.extend(
@@ -73,8 +74,10 @@ def use_threads(count: int) -> None:
 
     A pool never grows, so it is made for all usable cores, or for the first count if that is more, and
     `runtime.config_threadpool` says how many work. That function makes TVM ask the system for the number of
-    CPUs in front of every parallel loop, until it is told again. What TVM does not register is called by its
-    mangled name; the version pin of apache-tvm keeps these valid.
+    CPUs in front of every parallel loop, until it is told again. A pool that is there already, since this
+    thread ran something before, is made anew if it is smaller: to end its threads takes long on a busy
+    machine. What TVM does not register is called by its mangled name; the version pin of apache-tvm keeps
+    these valid.
 
     Raises
     ------
@@ -85,20 +88,22 @@ def use_threads(count: int) -> None:
         return
     by_number = 1  # TVM's AffinityMode kBig: the number decides
     with _lock:
+        configure, working = registered("runtime.config_threadpool"), registered("runtime.NumThreads")
         expect = _loaded[0]["_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"]
         if not hasattr(_pool, "count"):
-            expect(ctypes.c_int(max(count, cpu.usable_cores())))
-            _loaded[0]["_ZN3tvm7runtime9threading15ResetThreadPoolEv"]()
+            size = max(count, cpu.usable_cores())
+            expect(ctypes.c_int(size))
+            if working() < size:  # asking makes the pool
+                _loaded[0]["_ZN3tvm7runtime9threading15ResetThreadPoolEv"]()
         _pool.count = 0
-        registered("runtime.config_threadpool")(by_number, count)
+        configure(by_number, count)
         expect(ctypes.c_int(count))
-    working = registered("runtime.NumThreads")()
-    if working != count:
+    if working() != count:
         raise VitqError(
             "too many threads",
             where="num_threads",
             got=count,
-            expected=f"at most {working}, the size of TVM's pool for this thread, which cannot grow",
+            expected=f"at most {working()}, the size of TVM's pool for this thread, which cannot grow",
             fix="begin with the largest number, or call from a new thread",
         )
     _pool.count = count

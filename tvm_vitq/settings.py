@@ -51,6 +51,12 @@ BIND = Setting(
     0,
     "1: TVM binds threads to cores of its choice, the calling one too, whatever taskset says",
 )
+SPIN = Setting(
+    "TVM_THREAD_POOL_SPIN_COUNT",
+    2000,
+    "how often an idle thread of TVM offers its core to others before it sleeps; TVM's 300000 block programs "
+    "that end, where others use the core, for minutes",
+)
 CACHE = Setting("VITQ_CACHE", "", "folder for downloads that can be made again; default ~/.cache/tvm-vitq")
 
-ALL: tuple[Setting, ...] = (DEBUG, DUMP, VERIFY, THREADS, BIND, CACHE)
+ALL: tuple[Setting, ...] = (DEBUG, DUMP, VERIFY, THREADS, BIND, SPIN, CACHE)
