@@ -20,7 +20,7 @@ LAYERS = (
         *("cpu", "ffi", "linker", "deploy", "tuning_logs"),
     ),
     ("site_statistics",),
-    ("plan", "formats", "quantizers", "site_rules", "target_text", "targets", "library_format"),
+    ("plan", "formats", "quantizers", "site_rules", "target_text", "targets", "library_format", "vta"),
     ("explain", "plotting", "render"),
     ("ops", "graph", "units", "macs", "integerize", "schedules", "reference", "refmodels"),
     ("relax_passes",),

@@ -1,0 +1,3 @@
+"""VTA, the Versatile Tensor Accelerator: its instructions, what proves a stream of them sound, a simulator of
+the machine with its cycles, and the driver's C interface. NumPy only.
+"""
