@@ -1,0 +1,316 @@
+"""A matrix product on VTA: tiles, two contexts, requantization on the ALU.
+
+A tile's rows are micro-ops, innermost: none is near another one of the same accumulator.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tvm_vitq.errors import VitqError
+from tvm_vitq.numerics import Array
+from tvm_vitq.vta.assembler import Assembler, Buffer
+from tvm_vitq.vta.blocks import Matrix, bias_as_products, filled
+from tvm_vitq.vta.config import Memory, VtaConfig
+from tvm_vitq.vta.isa import Alu, AluOp, Gemm
+
+LARGEST_SHIFT = 15
+"""Of one instruction, to the right."""
+
+FEWEST_ROWS = 3
+"""Micro-ops of a tile, so that none meets its own accumulator again within the pipeline."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What is in the scratchpads at a time, in blocks.
+
+    rows, columns : of the result;  depth : of the sum.
+    contexts : 2, or 1 to see what overlapping is worth.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    contexts: int = 2
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to sums: ``clip((sum + bias) >> shift, low, high)``, as int8 or in several bytes.
+
+    bias : int32 [N] or None.
+    shift : int32 [N], 0 to 31.
+    low, high : 16-bit limits, or None.
+    planes : bytes of the result that are stored, the lowest first, each as a matrix of its own.
+    """
+
+    bias: Array | None
+    shift: Array
+    low: int | None = -128
+    high: int | None = 127
+    planes: int = 1
+
+
+def fits(tile: Tile, constants: int, config: VtaConfig) -> bool:
+    """Whether a tile's contexts fit into the scratchpads, beside `constants` accumulators and the bias."""
+    size = config.block
+    return (
+        tile.rows * tile.depth * size * tile.contexts < config.depth(Memory.INP)
+        and tile.columns * (tile.depth + 1) * tile.contexts <= config.depth(Memory.WGT)
+        and tile.rows * tile.columns * size * tile.contexts + constants <= config.depth(Memory.ACC)
+    )
+
+
+class _Open:
+    """A tile in its accumulators from `acc` on: ``[rows][columns][16]`` elements.
+
+    Rows that only fill up the last block may hold anything, but something that was operated on, or they could
+    not be stored: only the first tile in such accumulators includes them.
+    """
+
+    def __init__(self, asm: Assembler, acc: int, rows: slice, columns: slice, count: int) -> None:
+        self.acc, self.rows, self.columns = acc, rows, columns
+        self.width, self.size = columns.stop - columns.start, asm.config.block
+        held = (rows.stop - rows.start) * self.size
+        self.useful = min(held, max(count - rows.start * self.size, 0))
+        fill = self.elements(np.arange(self.useful, held))[:, None] + self.size * np.arange(self.width)
+        self.operated = self.useful if asm.settled(fill.ravel()) else held
+
+    def elements(self, row: Array) -> Array:
+        """Accumulators of rows, in the first block of columns."""
+        return self.acc + row // self.size * self.width * self.size + row % self.size
+
+    def over(
+        self, asm: Assembler, src: int | None = None, src_column: int = 0, wgt: int = 0
+    ) -> dict[str, Any]:
+        """Loops over all accumulators, with themselves as source, or with element `src` and `src_column`
+        further for each block of columns.
+        """
+        step = self.width * self.size
+        whole = self.operated % self.size == 0  # then rows of blocks are a loop, which saves micro-ops
+        row = np.arange(self.size if whole else max(self.operated, FEWEST_ROWS))
+        dst = self.elements(row)
+        source = dst if src is None else np.full_like(dst, src)
+        begin, end = asm.uops(np.stack([dst, source, np.full_like(dst, wgt)], 1))
+        return {
+            "uop_begin": begin,
+            "uop_end": end,
+            "outer": self.width,
+            "dst_outer": self.size,
+            "src_outer": self.size if src is None else src_column,
+            "inner": self.operated // self.size if whole else 1,
+            "dst_inner": step,
+            "src_inner": step if src is None else 0,
+        }
+
+
+class Product:
+    """Emits ``out = epilogue(left @ right.T)``.
+
+    Parameters
+    ----------
+    assembler : where to.
+    left : [rows, depth] blocks;  right : [columns, depth] blocks;  outs : a matrix for each plane.
+    rows : rows of `left` that mean something; those behind them in their block become what zeros would.
+    name : for messages.
+
+    Raises
+    ------
+    VitqError : a tile that does not fit.
+    """
+
+    def __init__(
+        self,
+        assembler: Assembler,
+        left: Matrix,
+        right: Matrix,
+        outs: list[Matrix],
+        epilogue: Epilogue,
+        tile: Tile,
+        rows: int,
+        name: str,
+    ) -> None:
+        self.asm, self.config = assembler, assembler.config
+        self.left, self.right, self.outs, self.epilogue, self.tile = left, right, outs, epilogue, tile
+        self.rows = rows
+        self.size = self.config.block
+        self._prepare(name)
+        used = len(self._loaded) * right.rows
+        if not fits(tile, used, self.config):
+            raise VitqError("VTA tile does not fit", where=name, got=tile, expected=self.config.text)
+        self._span = {
+            Memory.INP: (self.config.depth(Memory.INP) - 1) // tile.contexts,
+            Memory.WGT: self.config.depth(Memory.WGT) // tile.contexts,
+            Memory.ACC: (self.config.depth(Memory.ACC) - used) // tile.contexts,
+        }
+        self._turn = dict.fromkeys(self._span, 0)
+        self._pending: dict[int, Iterator[None]] = {}
+
+    def emit(self) -> None:
+        """The whole product: rows of tiles, in them columns, in them parts of the sum."""
+        for table, base in self._loaded:
+            count = self.right.rows
+            self.asm.load(Memory.ACC, base, table, 0, 1, count, count)
+        if self._bias:
+            self.asm.load(Memory.INP, self.config.depth(Memory.INP) - 1, self._bias[0], 0, 1, 1, 1)
+        whole = self.tile.depth >= self.left.columns
+        for rows in _cut(self.left.rows, self.tile.rows):
+            inputs = self._load_left(rows, slice(0, self.left.columns)) if whole else 0
+            for columns in _cut(self.right.rows, self.tile.columns):
+                tile = self._open(rows, columns)
+                self.asm.loop(Gemm(reset=True, **tile.over(self.asm)))
+                if self._bias:
+                    self._add_bias(tile, self._bias[1])
+                for depth in _cut(self.left.columns, self.tile.depth):
+                    if not whole:
+                        inputs = self._load_left(rows, depth)
+                    self._multiply(tile, inputs, depth)
+                for stores in self._pending.values():
+                    next(stores, None)
+                self._finish(tile)
+                self._pending[tile.acc] = self._store(tile)
+                next(self._pending[tile.acc])
+        for stores in self._pending.values():
+            _exhaust(stores)
+
+    def _open(self, rows: slice, columns: slice) -> _Open:
+        """A tile in the context whose turn it is, once everything in it is stored."""
+        acc = self._next(Memory.ACC)
+        _exhaust(self._pending.pop(acc, iter(())))
+        return _Open(self.asm, acc, rows, columns, self.rows)
+
+    def _prepare(self, name: str) -> None:
+        """Accumulators of constants: the bias, and shifts that differ by channel."""
+        epilogue, blocks = self.epilogue, self.right.rows
+        tables = []
+        products = None if epilogue.bias is None else bias_as_products(epilogue.bias, self.size)
+        self._bias = (
+            None
+            if products is None
+            else [
+                Buffer(f"{name} bias {which}", data.size, contents=data.view(np.uint8).ravel())
+                for which, data in zip(("input", "weights"), products, strict=True)
+            ]
+        )
+        if epilogue.bias is not None and self._bias is None:
+            tables.append(("bias", epilogue.bias))
+        least, most = int(epilogue.shift.min()), int(epilogue.shift.max())
+        # One register shift where it reaches; else a common part in front of it.
+        self._common = 0 if least < most <= LARGEST_SHIFT else least
+        if least < most:
+            if most - self._common > LARGEST_SHIFT:
+                raise VitqError(
+                    "VTA cannot shift by so different amounts", where=name, got=f"{least} to {most}"
+                )
+            tables.append(("shift", epilogue.shift - self._common))
+        top = self.config.depth(Memory.ACC)
+        self._loaded: list[tuple[Buffer, int]] = []
+        self._base: dict[str, int] = {}
+        for which, values in tables:
+            top -= blocks
+            data = filled(values, blocks * self.size).astype("<i4").view(np.uint8)
+            self._loaded.append((Buffer(f"{name} {which}", len(data), contents=data), top))
+            self._base[which] = top
+
+    def _next(self, memory: Memory, turn: bool = True) -> int:
+        """The first element of the context whose turn it is, and on to the next one."""
+        now = self._turn[memory]
+        self._turn[memory] = (now + turn) % self.tile.contexts
+        return now * self._span[memory]
+
+    def _load_left(self, rows: slice, depth: slice) -> int:
+        base, width = self._next(Memory.INP), depth.stop - depth.start
+        first = self.left.block(rows.start, depth.start) * self.size
+        height, stride = rows.stop - rows.start, self.left.stride * self.size
+        self.asm.load(Memory.INP, base, self.left.buffer, first, height, width * self.size, stride)
+        return base
+
+    def _add_bias(self, tile: _Open, weights: Buffer) -> None:
+        """The bias as one more product, of an input that is the same in all rows."""
+        wgt = self._next(Memory.WGT, turn=False) + self.tile.columns * self.tile.depth
+        self.asm.load(Memory.WGT, wgt, weights, tile.columns.start, 1, tile.width, tile.width)
+        last = self.config.depth(Memory.INP) - 1
+        self.asm.loop(Gemm(wgt_outer=1, **tile.over(self.asm, src=last, wgt=wgt)))
+
+    def _multiply(self, tile: _Open, inp: int, depth: slice) -> None:
+        deep = depth.stop - depth.start
+        wgt = self._next(Memory.WGT)
+        first = self.right.block(tile.columns.start, depth.start)
+        self.asm.load(Memory.WGT, wgt, self.right.buffer, first, tile.width, deep, self.right.stride)
+        row = np.arange(max(tile.useful, FEWEST_ROWS))
+        src = inp + row // self.size * deep * self.size + row % self.size
+        begin, end = self.asm.uops(np.stack([tile.elements(row), src, np.full_like(src, wgt)], 1))
+        self.asm.loop(
+            Gemm(
+                uop_begin=begin,
+                uop_end=end,
+                outer=tile.width,
+                dst_outer=self.size,
+                wgt_outer=deep,
+                inner=deep,
+                src_inner=self.size,
+                wgt_inner=1,
+            )
+        )
+
+    def _finish(self, tile: _Open) -> None:
+        """Bias, shift, limits."""
+        for op, operand in self._operations():
+            if isinstance(operand, str):
+                constants = self._base[operand] + tile.columns.start
+                self.asm.loop(Alu(op=op, **tile.over(self.asm, src=constants, src_column=1)))
+            else:
+                self.asm.loop(Alu(op=op, immediate=operand, **tile.over(self.asm)))
+
+    def _store(self, tile: _Open) -> Iterator[None]:
+        """A store for each byte, with a pause behind it: the next byte overwrites what is being stored, so
+        other tiles are to work in between.
+        """
+        height, width = tile.rows.stop - tile.rows.start, tile.width * self.size
+        for plane, out in enumerate(self.outs):
+            if plane:
+                self.asm.loop(Alu(op=AluOp.SHR, immediate=8, **tile.over(self.asm)))
+            first = out.block(tile.rows.start, tile.columns.start) * self.size
+            self.asm.store(tile.acc, out.buffer, first, height, width, out.stride * self.size)
+            yield
+
+    def _operations(self) -> Iterator[tuple[AluOp, int | str]]:
+        """ALU operations with an immediate or the constants of that name. There is at least one, as results
+        are what operations leave.
+        """
+        count = 0
+        if "bias" in self._base:
+            count += 1
+            yield AluOp.ADD, "bias"
+        rest = self._common
+        while rest > 0:
+            count += 1
+            yield AluOp.SHR, min(rest, LARGEST_SHIFT)
+            rest -= LARGEST_SHIFT
+        if "shift" in self._base:
+            count += 1
+            yield AluOp.SHR, "shift"
+        for op, limit in ((AluOp.MAX, self.epilogue.low), (AluOp.MIN, self.epilogue.high)):
+            if limit is not None:
+                count += 1
+                yield op, limit
+        if not count:
+            yield AluOp.SHR, 0
+
+
+def _cut(count: int, step: int) -> Iterator[slice]:
+    """Pieces of at most `step`, as equal as can be."""
+    pieces = -(-count // step)
+    edges = [count * piece // pieces for piece in range(pieces + 1)]
+    return (slice(start, stop) for start, stop in itertools.pairwise(edges))
+
+
+def _exhaust(steps: Iterator[None]) -> None:
+    for _ in steps:
+        pass
