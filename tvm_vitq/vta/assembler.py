@@ -4,7 +4,8 @@ this adds the tokens that keep it right when the stages run at the same time.
 An instruction waits for what wrote the elements that it reads, and for what read or wrote those that it
 overwrites. Two contexts, the one in use while the other is filled, therefore overlap by themselves: no token
 ties them. A dependence is a push at the earlier and a pop at the later instruction; it is left out where
-others imply it. Loads and stores are no neighbours: what a store wrote reaches a load through the compute stage.
+others imply it. Loads and stores are no neighbours: what a store wrote reaches a load through the compute
+stage.
 """
 
 from __future__ import annotations

@@ -1,0 +1,158 @@
+"""Machines behind VTA's C interface: a stand-in for one that computes, and ones that fail."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from vta_programs import CONFIG, INPUTS, RESULTS, UOPS, WEIGHTS, product
+
+from tvm_vitq.errors import VitqError
+from tvm_vitq.vta.device import Device, SimulatedDevice
+from tvm_vitq.vta.driver import LARGEST, DriverDevice, load_driver
+from tvm_vitq.vta.isa import Finish, encode
+from tvm_vitq.vta.simulator import Simulator
+
+SOURCE = Path(__file__).with_name("vta_stand_in.c")
+MEMORY = 1 << 24
+MACHINE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint32, ctypes.c_uint32)
+
+
+@pytest.fixture
+def built(tmp_path):
+    """Builds the stand-in, broken in a way; each time a library of its own."""
+    numbers = itertools.count()
+
+    def build(*broken: str) -> Path:
+        library = tmp_path / f"libvta{next(numbers)}.so"
+        flags = [f"-D{name}" for name in broken]
+        subprocess.run(
+            ["cc", "-shared", "-fPIC", "-Wall", "-Werror", *flags, str(SOURCE), "-o", str(library)],
+            check=True,
+        )
+        return library
+
+    return build
+
+
+def give_machine(library: Path, machine) -> ctypes.CDLL:
+    """Hands a function over to the stand-in, which is to be kept as long as it may be called."""
+    stand_in = ctypes.CDLL(str(library))
+    stand_in.kept = MACHINE(machine)
+    stand_in.StandInMachine(stand_in.kept)
+    return stand_in
+
+
+def simulated(library: Path) -> ctypes.CDLL:
+    """A stand-in with the simulator as its machine."""
+    stand_in = ctypes.CDLL(str(library))
+    stand_in.StandInMemory.restype = ctypes.POINTER(ctypes.c_uint8)
+    memory = np.ctypeslib.as_array(stand_in.StandInMemory(), (MEMORY,))
+    simulator = Simulator(CONFIG, memory)
+
+    def run(address: int, count: int) -> int:
+        try:
+            simulator.run(address, count)
+        except VitqError:
+            return 1
+        return 0
+
+    return give_machine(library, run)
+
+
+def run_product(device: Device) -> np.ndarray:
+    """The product of `vta_programs` with its memory wherever the device has it."""
+    made = product()
+    whole = device.allocate(len(made.memory))
+    base = whole.address
+    moved = []
+    from dataclasses import replace
+
+    from tvm_vitq.vta.isa import Load, Store
+
+    for entry in made.program:
+        if isinstance(entry, (Load, Store)) and entry.columns:
+            entry = replace(entry, dram=entry.dram + base // CONFIG.element_bytes(entry.memory))
+        moved.append(entry)
+    whole.write(made.memory)
+    stream = device.allocate(16 * len(moved))
+    stream.write(np.frombuffer(encode(moved), np.uint8))
+    device.run(stream, len(moved))
+    made.memory[:] = whole.read()
+    assert np.array_equal(made.result(), made.expected)
+    assert UOPS < INPUTS < WEIGHTS < RESULTS
+    whole.free()
+    stream.free()
+    device.close()
+    return made.result()
+
+
+def test_the_simulator_is_a_device():
+    run_product(SimulatedDevice(CONFIG, megabytes=16))
+
+
+def test_a_driver_gives_the_same(built):
+    library = built()
+    stand_in = simulated(library)
+    run_product(DriverDevice(library, CONFIG))
+    assert stand_in.StandInFlushed() >= len(product().memory) <= stand_in.StandInInvalidated()
+
+
+def test_memory_runs_out(built):
+    with pytest.raises(VitqError, match="no VTA memory left"):
+        SimulatedDevice(CONFIG, megabytes=1).allocate(1 << 20)
+    device = DriverDevice(built(), CONFIG)
+    with pytest.raises(VitqError, match="no VTA memory left"):
+        device.allocate(MEMORY)
+    with pytest.raises(VitqError, match="too large for one allocation"):
+        device.allocate(LARGEST + 1)
+    with pytest.raises(VitqError, match="no VTA memory left"):
+        DriverDevice(built("NO_MEMORY"), CONFIG).allocate(1)
+
+
+def test_drivers_that_are_none(built, tmp_path):
+    with pytest.raises(VitqError, match="cannot load the VTA driver"):
+        load_driver(tmp_path / "none.so")
+    (tmp_path / "text.so").write_text("text")
+    with pytest.raises(VitqError, match="cannot load the VTA driver"):
+        load_driver(tmp_path / "text.so")
+    with pytest.raises(VitqError, match=r"(?s)lacks functions.*no VTADeviceRun\n"):
+        load_driver(built("LACKS_RUN"))
+    with pytest.raises(VitqError, match="finds no machine"):
+        DriverDevice(built("NO_MACHINE"), CONFIG)
+    with pytest.raises(VitqError, match="not aligned"):
+        DriverDevice(built("UNALIGNED"), CONFIG).allocate(16)
+
+
+def some_stream(device: Device):
+    stream = device.allocate(16)
+    stream.write(np.frombuffer(encode(Finish()), np.uint8))
+    return stream
+
+
+def test_a_machine_that_reports_an_error(built):
+    library = built()
+    kept = give_machine(library, lambda address, count: 7)
+    device = DriverDevice(library, CONFIG)
+    for _ in range(2):
+        with pytest.raises(VitqError, match="VTADeviceRun returned 7"):
+            device.run(some_stream(device), 1)
+    del kept
+
+
+def test_a_machine_that_hangs_is_left_alone(built):
+    library = built()
+    kept = give_machine(library, lambda address, count: time.sleep(2) or 0)
+    device = DriverDevice(library, CONFIG, seconds=0.1)
+    with pytest.raises(VitqError, match=r"no answer for 0\.1 s to 1 instructions"):
+        device.run(some_stream(device), 1)
+    with pytest.raises(VitqError, match="hung in an earlier run"):
+        device.run(some_stream(device), 1)
+    device.close()
+    time.sleep(2.2)  # until the stand-in has returned into a library that is still there
+    del kept
