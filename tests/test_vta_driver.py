@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from vta_programs import CONFIG, INPUTS, RESULTS, UOPS, WEIGHTS, product
 from tvm_vitq.errors import VitqError
 from tvm_vitq.vta.device import Device, SimulatedDevice
 from tvm_vitq.vta.driver import LARGEST, DriverDevice, load_driver
-from tvm_vitq.vta.isa import Finish, encode
+from tvm_vitq.vta.isa import Finish, Load, Store, encode
 from tvm_vitq.vta.simulator import Simulator
 
 SOURCE = Path(__file__).with_name("vta_stand_in.c")
@@ -31,10 +32,8 @@ def built(tmp_path):
     def build(*broken: str) -> Path:
         library = tmp_path / f"libvta{next(numbers)}.so"
         flags = [f"-D{name}" for name in broken]
-        subprocess.run(
-            ["cc", "-shared", "-fPIC", "-Wall", "-Werror", *flags, str(SOURCE), "-o", str(library)],
-            check=True,
-        )
+        command = ["cc", "-shared", "-fPIC", "-Wall", "-Werror", *flags, str(SOURCE), "-o", str(library)]
+        subprocess.run(command, check=True)
         return library
 
     return build
@@ -71,10 +70,6 @@ def run_product(device: Device) -> np.ndarray:
     whole = device.allocate(len(made.memory))
     base = whole.address
     moved = []
-    from dataclasses import replace
-
-    from tvm_vitq.vta.isa import Load, Store
-
     for entry in made.program:
         if isinstance(entry, (Load, Store)) and entry.columns:
             entry = replace(entry, dram=entry.dram + base // CONFIG.element_bytes(entry.memory))

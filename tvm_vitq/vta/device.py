@@ -1,4 +1,4 @@
-"""A VTA that runs streams: device memory, and the machine behind it. Here the simulator; `driver` has the real one."""
+"""A VTA that runs streams: device memory and a machine. Here the simulator; `driver` has real ones."""
 
 from __future__ import annotations
 

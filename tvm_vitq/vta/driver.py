@@ -1,5 +1,5 @@
-"""A VTA behind a driver: a shared library with the public C interface, such as those of boards or of upstream's
-simulator.
+"""A VTA behind a driver: a shared library with the public C interface, such as those of boards or of
+upstream's simulator.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def load_driver(path: str | Path) -> ctypes.CDLL:
             "VTA driver lacks functions",
             where=path,
             got=f"no {', '.join(missing)}",
-            expected="the functions of vta/driver.h, with C linkage",
+            expected="the functions of upstream's driver.h, with C linkage",
         )
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(library, name)
@@ -93,7 +93,7 @@ class DriverDevice:
         return _Driven(self._driver, size, self._path)
 
     def run(self, stream: Allocation, count: int) -> None:
-        """See `Device`; in a thread of its own, so that a driver that never returns does not keep the caller."""
+        """See `Device`; in a thread, so that a driver that never returns does not keep the caller."""
         if self._hung:
             raise VitqError(
                 "VTA hung in an earlier run", where=self._path, fix="reset the board, then start anew"
