@@ -61,10 +61,12 @@ def markdown(rows: Sequence[Result]) -> str:
 
 
 def _overview(rows: Sequence[Result]) -> str:
-    """Recipes by widths, by accuracy at the last width."""
+    """Recipes by widths, by accuracy at the last width that the most recipes have."""
     widths = list(dict.fromkeys(row.bits for row in rows))
+    counts = {bits: sum(row.bits == bits for row in rows) for bits in widths}
+    judge = [bits for bits in widths if counts[bits] == max(counts.values())][-1]
     compiled = {(row.recipe, row.bits): f"{row.compiled:.2f}" for row in rows}
-    recipes = dict.fromkeys(row.recipe for row in _best_first(r for r in rows if r.bits == widths[-1]))
+    recipes = dict.fromkeys(row.recipe for row in _best_first(r for r in rows if r.bits == judge))
     recipes |= dict.fromkeys(row.recipe for row in rows)
     lines = ((f"`{name}`", *(compiled.get((name, bits), "") for bits in widths)) for name in recipes)
     return f"## {rows[0].model}\n\n{_about(rows[0])}\n\n" + markdown_table(("recipe", *widths), lines)
