@@ -1,0 +1,161 @@
+"""The launches of a model, as a file holds them and as a device runs them.
+
+Streams share buffers: what one launch stores, a later one may load. Addresses are settled when a program is
+placed on a device; there every stream is proved sound before it runs.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from tvm_vitq.errors import VitqError
+from tvm_vitq.numerics import Array
+from tvm_vitq.vta.assembler import Buffer, Stream
+from tvm_vitq.vta.check import Region, require_sound
+from tvm_vitq.vta.config import VtaConfig
+from tvm_vitq.vta.cycles import Cycles, count_cycles
+from tvm_vitq.vta.device import Device
+from tvm_vitq.vta.isa import Store, decode, encode
+
+HEADER = "program.json"
+
+
+@dataclass
+class Program:
+    """Launches in the order in which a call of the model runs them.
+
+    config : the machine.
+    streams : by name.
+    """
+
+    config: VtaConfig
+    streams: dict[str, Stream]
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        """All buffers, each once, in the order of their first use."""
+        return list(dict.fromkeys(buffer for stream in self.streams.values() for buffer in stream.buffers))
+
+    def to_bytes(self) -> bytes:
+        """A file's content, for `from_bytes`."""
+        place = {buffer: number for number, buffer in enumerate(self.buffers)}
+        header = {
+            "config": asdict(self.config),
+            "buffers": [[buffer.name, buffer.size, buffer.written] for buffer in place],
+            "streams": {
+                name: [place[buffer] for buffer in stream.buffers] for name, stream in self.streams.items()
+            },
+        }
+        arrays: dict[str, Array] = {
+            f"contents {place[buffer]}": buffer.contents for buffer in place if buffer.contents is not None
+        }
+        for number, stream in enumerate(self.streams.values()):
+            arrays[f"stream {number}"] = np.frombuffer(encode(stream.program, self.config), np.uint8)
+            arrays[f"uses {number}"] = np.array(stream.uses, np.int32)
+        text = json.dumps(header).encode()
+        file = io.BytesIO()
+        np.savez(file, **{HEADER: np.frombuffer(text, np.uint8)}, **arrays)
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: object = "VTA program") -> Program:
+        """The inverse of `to_bytes`.
+
+        Raises
+        ------
+        VitqError : other content.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                header = json.loads(arrays[HEADER].tobytes())
+                config = VtaConfig(**header["config"])
+                buffers = [
+                    Buffer(name, size, arrays.get(f"contents {number}"), written)
+                    for number, (name, size, written) in enumerate(header["buffers"])
+                ]
+                streams = {}
+                for number, (name, used) in enumerate(header["streams"].items()):
+                    program = decode(arrays[f"stream {number}"].tobytes(), config)
+                    uses = arrays[f"uses {number}"].tolist()
+                    streams[name] = Stream(program, [buffers[place] for place in used], uses)
+        except (OSError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
+            raise VitqError("VTA program is damaged", where=where, got=error, fix="build it again") from error
+        return cls(config, streams)
+
+
+class PlacedProgram:
+    """A program on a device.
+
+    Parameters
+    ----------
+    program : for a machine of the device's configuration.
+    device : where its buffers are allocated, constants written, and streams checked.
+
+    Raises
+    ------
+    VitqError : a program for another machine, a stream that is not sound, no memory.
+    """
+
+    def __init__(self, program: Program, device: Device) -> None:
+        if program.config != device.config:
+            raise VitqError(
+                "program is for another VTA", got=program.config, expected=device.config, fix="build it again"
+            )
+        self._device = device
+        self._allocated = {buffer: device.allocate(buffer.size) for buffer in program.buffers}
+        for buffer, memory in self._allocated.items():
+            if buffer.contents is not None:
+                memory.write(buffer.contents)
+        self._streams = {}
+        self._programs = {}
+        stored: set[Buffer] = set()
+        for name, stream in program.streams.items():
+            placed = stream.placed([self._allocated[b].address for b in stream.buffers], program.config)
+            writes = {
+                stream.buffers[used]
+                for used, instruction in zip(stream.uses, stream.program, strict=True)
+                if used >= 0 and isinstance(instruction, Store)
+            }
+            require_sound(
+                placed, program.config, [self._region(b, writes, stored) for b in stream.buffers], name
+            )
+            stored |= writes
+            self._programs[name] = placed
+            self._streams[name] = device.allocate(16 * len(placed))
+            self._streams[name].write(np.frombuffer(encode(placed, program.config), np.uint8))
+
+    def _region(self, buffer: Buffer, writes: set[Buffer], stored: set[Buffer]) -> Region:
+        address = self._allocated[buffer].address
+        return Region(
+            buffer.name,
+            address,
+            buffer.size,
+            contents=buffer.contents,
+            written=buffer.written or buffer in stored,
+            writable=buffer in writes and buffer.contents is None,
+        )
+
+    def run(self, name: str, inputs: Mapping[Buffer, Array]) -> None:
+        """Writes inputs, then runs a launch to its end."""
+        for buffer, data in inputs.items():
+            self._allocated[buffer].write(data)
+        self._device.run(self._streams[name], len(self._programs[name]))
+
+    def read(self, buffer: Buffer) -> Array:
+        """What a buffer holds, uint8 [size]."""
+        return self._allocated[buffer].read()
+
+    def cycles(self, name: str) -> Cycles:
+        """Of a launch, by the cycle model."""
+        return count_cycles(self._programs[name], self._device.config)
+
+    def close(self) -> None:
+        """Gives all device memory back."""
+        for memory in (*self._allocated.values(), *self._streams.values()):
+            memory.free()
