@@ -11,6 +11,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,15 +53,15 @@ class Program:
                 name: [place[buffer] for buffer in stream.buffers] for name, stream in self.streams.items()
             },
         }
-        arrays: dict[str, Array] = {
-            f"contents {place[buffer]}": buffer.contents for buffer in place if buffer.contents is not None
-        }
+        arrays: dict[str, Any] = {HEADER: np.frombuffer(json.dumps(header).encode(), np.uint8)}
+        for buffer, number in place.items():
+            if buffer.contents is not None:
+                arrays[f"contents {number}"] = buffer.contents
         for number, stream in enumerate(self.streams.values()):
             arrays[f"stream {number}"] = np.frombuffer(encode(stream.program, self.config), np.uint8)
             arrays[f"uses {number}"] = np.array(stream.uses, np.int32)
-        text = json.dumps(header).encode()
         file = io.BytesIO()
-        np.savez(file, **{HEADER: np.frombuffer(text, np.uint8)}, **arrays)
+        np.savez(file, **arrays)
         return file.getvalue()
 
     @classmethod
@@ -84,7 +85,7 @@ class Program:
                     program = decode(arrays[f"stream {number}"].tobytes(), config)
                     uses = arrays[f"uses {number}"].tolist()
                     streams[name] = Stream(program, [buffers[place] for place in used], uses)
-        except (OSError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
             raise VitqError("VTA program is damaged", where=where, got=error, fix="build it again") from error
         return cls(config, streams)
 
@@ -122,9 +123,8 @@ class PlacedProgram:
                 for used, instruction in zip(stream.uses, stream.program, strict=True)
                 if used >= 0 and isinstance(instruction, Store)
             }
-            require_sound(
-                placed, program.config, [self._region(b, writes, stored) for b in stream.buffers], name
-            )
+            regions = [self._region(buffer, writes, stored) for buffer in stream.buffers]
+            require_sound(placed, program.config, regions, name)
             stored |= writes
             self._programs[name] = placed
             self._streams[name] = device.allocate(16 * len(placed))
