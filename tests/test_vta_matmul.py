@@ -80,7 +80,7 @@ def multiply(
     assembler = Assembler(config)
     Product(
         assembler,
-        Matrix(x_buffer, *left.shape[:2]),
+        [Matrix(x_buffer, *left.shape[:2])],
         Matrix(w_buffer, *right.shape[:2]),
         [Matrix(out, height, width) for out in outs],
         Epilogue(added, shift, *limits, planes=planes),
@@ -233,12 +233,12 @@ def test_results_that_are_read_again_wait_for_their_store():
     eight = Epilogue(None, np.full(48, 8))
     hidden = Matrix(middle, 3, 3)
     Product(
-        *(assembler, Matrix(first, 3, 4), Matrix(buffers["w1"], 3, 4), [hidden], eight),
+        *(assembler, [Matrix(first, 3, 4)], Matrix(buffers["w1"], 3, 4), [hidden], eight),
         *(Tile(1, 2, 4), 40, "first"),
     ).emit()
     eight = Epilogue(None, np.full(32, 8))
     Product(
-        *(assembler, hidden, Matrix(buffers["w2"], 2, 3), [Matrix(last, 3, 2)], eight),
+        *(assembler, [hidden], Matrix(buffers["w2"], 2, 3), [Matrix(last, 3, 2)], eight),
         *(Tile(1, 2, 3), 40, "second"),
     ).emit()
     stream = assembler.finish()
@@ -264,3 +264,48 @@ def test_a_full_scratchpad_of_micro_ops_is_loaded_anew():
     assert [page.columns for page in pages if page.columns] == [2000, 2000, 1000]
     with pytest.raises(VitqError, match="too many micro-ops"):
         assembler.uops(np.zeros((PORTABLE_UOPS + 1, 3)))
+
+
+def test_weights_as_the_left_operand_give_the_transposed_result():
+    """``clip((w @ x.T + bias[:, None]) >> shift[:, None])``: values for attention, with tokens as columns."""
+    rng = np.random.default_rng(1)
+    x, w = (rng.integers(-128, 128, shape).astype(np.int8) for shape in ((197, 192), (64, 192)))
+    bias, shift = rng.integers(-(2**17), 2**17, 64), rng.integers(8, 12, 64)
+    left, right = pack(w), pack(x)
+    weights = Buffer("w", left.size, contents=left.view(np.uint8).ravel())
+    inputs, out = Buffer("x", right.size), Buffer("out", 4 * 13 * 256, written=False)
+    assembler = Assembler(CONFIG)
+    Product(
+        *(assembler, [Matrix(weights, 4, 12)], Matrix(inputs, 13, 12), [Matrix(out, 4, 13)]),
+        *(Epilogue(bias, shift, by_rows=True), Tile(2, 7, 12), 64, "values"),
+    ).emit()
+    _, found = run(assembler.finish(), CONFIG, {inputs: right})
+    sums = w.astype(np.int64) @ x.T.astype(np.int64) + bias[:, None]
+    expected = np.clip(sums >> shift[:, None], -128, 127)
+    assert np.array_equal(unpack(found[out].reshape(4, 13, 16, 16), 64, 197), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_left_operands_of_two_bytes(bias):
+    """``(256 high + low) @ right.T``, as for probabilities of up to 16 bits."""
+    rng = np.random.default_rng(2)
+    high, low = (rng.integers(-64, 65, (50, 197)).astype(np.int8) for _ in range(2))
+    v = rng.integers(-128, 128, (64, 197)).astype(np.int8)
+    added = rng.integers(-(2**20), 2**20, 64) if bias else None
+    lefts = [Buffer(name, pack(high).size) for name in ("high", "low")]
+    right = Buffer("v", pack(v).size)
+    outs = [Buffer(f"out {plane}", 4 * 4 * 256, written=False) for plane in range(4)]
+    assembler = Assembler(CONFIG)
+    Product(
+        *(assembler, [Matrix(left, 4, 13) for left in lefts], Matrix(right, 4, 13)),
+        *([Matrix(out, 4, 4) for out in outs], Epilogue(added, np.zeros(64, int), None, None, planes=4)),
+        *(Tile(2, 4, 13), 50, "attention"),
+    ).emit()
+    filled = {lefts[0]: pack(high), lefts[1]: pack(low), right: pack(v)}
+    _, found = run(assembler.finish(), CONFIG, filled)
+    result = np.zeros((50, 64), np.int64)
+    for plane, out in enumerate(outs):
+        byte = unpack(found[out].reshape(4, 4, 16, 16), 50, 64).astype(np.int64)
+        result += (byte if plane == 3 else byte & 255) << 8 * plane
+    expected = (256 * high.astype(np.int64) + low) @ v.T.astype(np.int64)
+    assert np.array_equal(result, expected + (0 if added is None else added))

@@ -35,7 +35,7 @@ def two_launches() -> Program:
         assembler = Assembler(CONFIG)
         epilogue = Epilogue(None, np.full(len(weight), 8))
         tile = Tile(1, 2, left.columns)
-        Product(assembler, left, Matrix(constants, *right), [out], epilogue, tile, 40, name).emit()
+        Product(assembler, [left], Matrix(constants, *right), [out], epilogue, tile, 40, name).emit()
         streams[name] = assembler.finish()
     return Program(CONFIG, streams)
 

@@ -6,7 +6,7 @@ A tile's rows are micro-ops, innermost: none is near another one of the same acc
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,8 @@ class Tile:
 class Epilogue:
     """What happens to sums: ``clip((sum + bias) >> shift, low, high)``, as int8 or in several bytes.
 
-    bias : int32 [N] or None.
-    shift : int32 [N], 0 to 31.
+    bias : int32 [N] or None;  shift : int32 [N], 0 to 31.
+    by_rows : whether these belong to rows of the result, [M], as where weights are the left operand.
     low, high : 16-bit limits, or None.
     planes : bytes of the result that are stored, the lowest first, each as a matrix of its own.
     """
@@ -55,6 +55,7 @@ class Epilogue:
     low: int | None = -128
     high: int | None = 127
     planes: int = 1
+    by_rows: bool = False
 
 
 def fits(tile: Tile, constants: int, config: VtaConfig) -> bool:
@@ -87,16 +88,21 @@ class _Open:
         return self.acc + row // self.size * self.width * self.size + row % self.size
 
     def over(
-        self, asm: Assembler, src: int | None = None, src_column: int = 0, wgt: int = 0
+        self,
+        asm: Assembler,
+        src: int | None = None,
+        src_column: int = 0,
+        src_row: int = 0,
+        wgt: int = 0,
     ) -> dict[str, Any]:
         """Loops over all accumulators, with themselves as source, or with element `src` and `src_column`
-        further for each block of columns.
+        further for each block of columns, `src_row` for each row.
         """
         step = self.width * self.size
         whole = self.operated % self.size == 0  # then rows of blocks are a loop, which saves micro-ops
         row = np.arange(self.size if whole else max(self.operated, FEWEST_ROWS))
         dst = self.elements(row)
-        source = dst if src is None else np.full_like(dst, src)
+        source = dst if src is None else src + src_row * row
         begin, end = asm.uops(np.stack([dst, source, np.full_like(dst, wgt)], 1))
         return {
             "uop_begin": begin,
@@ -106,17 +112,18 @@ class _Open:
             "src_outer": self.size if src is None else src_column,
             "inner": self.operated // self.size if whole else 1,
             "dst_inner": step,
-            "src_inner": step if src is None else 0,
+            "src_inner": step if src is None else src_row * self.size,
         }
 
 
 class Product:
-    """Emits ``out = epilogue(left @ right.T)``.
+    """Emits ``out = epilogue(sum of 256**n lefts[-1 - n] @ right.T)``.
 
     Parameters
     ----------
     assembler : where to.
-    left : [rows, depth] blocks;  right : [columns, depth] blocks;  outs : a matrix for each plane.
+    lefts : [rows, depth] blocks each, the bytes of wider operands, the highest first.
+    right : [columns, depth] blocks;  outs : a matrix for each plane.
     rows : rows of `left` that mean something; those behind them in their block become what zeros would.
     name : for messages.
 
@@ -128,20 +135,20 @@ class Product:
     def __init__(
         self,
         assembler: Assembler,
-        left: Matrix,
+        lefts: Sequence[Matrix],
         right: Matrix,
-        outs: list[Matrix],
+        outs: Sequence[Matrix],
         epilogue: Epilogue,
         tile: Tile,
         rows: int,
         name: str,
     ) -> None:
         self.asm, self.config = assembler, assembler.config
-        self.left, self.right, self.outs, self.epilogue, self.tile = left, right, outs, epilogue, tile
-        self.rows = rows
+        self.lefts, self.right, self.outs, self.epilogue, self.tile = lefts, right, outs, epilogue, tile
+        self.left, self.rows = lefts[0], rows
         self.size = self.config.block
         self._prepare(name)
-        used = len(self._loaded) * right.rows
+        used = len(self._loaded) * self._constants
         if not fits(tile, used, self.config):
             raise VitqError("VTA tile does not fit", where=name, got=tile, expected=self.config.text)
         self._span = {
@@ -155,22 +162,24 @@ class Product:
     def emit(self) -> None:
         """The whole product: rows of tiles, in them columns, in them parts of the sum."""
         for table, base in self._loaded:
-            count = self.right.rows
-            self.asm.load(Memory.ACC, base, table, 0, 1, count, count)
+            self.asm.load(Memory.ACC, base, table, 0, 1, self._constants, self._constants)
         if self._bias:
             self.asm.load(Memory.INP, self.config.depth(Memory.INP) - 1, self._bias[0], 0, 1, 1, 1)
-        whole = self.tile.depth >= self.left.columns
+        whole = self.tile.depth >= self.left.columns and len(self.lefts) == 1
         for rows in _cut(self.left.rows, self.tile.rows):
-            inputs = self._load_left(rows, slice(0, self.left.columns)) if whole else 0
+            inputs = self._load_left(self.left, rows, slice(0, self.left.columns)) if whole else 0
             for columns in _cut(self.right.rows, self.tile.columns):
                 tile = self._open(rows, columns)
                 self.asm.loop(Gemm(reset=True, **tile.over(self.asm)))
                 if self._bias:
                     self._add_bias(tile, self._bias[1])
-                for depth in _cut(self.left.columns, self.tile.depth):
-                    if not whole:
-                        inputs = self._load_left(rows, depth)
-                    self._multiply(tile, inputs, depth)
+                for number, left in enumerate(self.lefts):
+                    if number:
+                        self.asm.loop(Alu(op=AluOp.SHR, immediate=-8, **tile.over(self.asm)))
+                    for depth in _cut(left.columns, self.tile.depth):
+                        if not whole:
+                            inputs = self._load_left(left, rows, depth)
+                        self._multiply(tile, inputs, depth)
                 for stores in self._pending.values():
                     next(stores, None)
                 self._finish(tile)
@@ -186,10 +195,15 @@ class Product:
         return _Open(self.asm, acc, rows, columns, self.rows)
 
     def _prepare(self, name: str) -> None:
-        """Accumulators of constants: the bias, and shifts that differ by channel."""
-        epilogue, blocks = self.epilogue, self.right.rows
+        """Constants: a bias that is no product, and shifts that differ, in accumulators of 16 channels or, of
+        rows, of one value.
+        """
+        epilogue, by_rows = self.epilogue, self.epilogue.by_rows
+        self._constants = self.left.rows * self.size if by_rows else self.right.rows
         tables = []
-        products = None if epilogue.bias is None else bias_as_products(epilogue.bias, self.size)
+        products = None
+        if epilogue.bias is not None and not by_rows and len(self.lefts) == 1:
+            products = bias_as_products(epilogue.bias, self.size)
         self._bias = (
             None
             if products is None
@@ -213,8 +227,10 @@ class Product:
         self._loaded: list[tuple[Buffer, int]] = []
         self._base: dict[str, int] = {}
         for which, values in tables:
-            top -= blocks
-            data = filled(values, blocks * self.size).astype("<i4").view(np.uint8)
+            top -= self._constants
+            each = 1 if by_rows else self.size
+            full = np.repeat(filled(values, self._constants * each), self.size // each)
+            data = full.astype("<i4").view(np.uint8)
             self._loaded.append((Buffer(f"{name} {which}", len(data), contents=data), top))
             self._base[which] = top
 
@@ -224,11 +240,11 @@ class Product:
         self._turn[memory] = (now + turn) % self.tile.contexts
         return now * self._span[memory]
 
-    def _load_left(self, rows: slice, depth: slice) -> int:
+    def _load_left(self, left: Matrix, rows: slice, depth: slice) -> int:
         base, width = self._next(Memory.INP), depth.stop - depth.start
-        first = self.left.block(rows.start, depth.start) * self.size
-        height, stride = rows.stop - rows.start, self.left.stride * self.size
-        self.asm.load(Memory.INP, base, self.left.buffer, first, height, width * self.size, stride)
+        first = left.block(rows.start, depth.start) * self.size
+        height, stride = rows.stop - rows.start, left.stride * self.size
+        self.asm.load(Memory.INP, base, left.buffer, first, height, width * self.size, stride)
         return base
 
     def _add_bias(self, tile: _Open, weights: Buffer) -> None:
@@ -263,10 +279,14 @@ class Product:
         """Bias, shift, limits."""
         for op, operand in self._operations():
             if isinstance(operand, str):
-                constants = self._base[operand] + tile.columns.start
-                self.asm.loop(Alu(op=op, **tile.over(self.asm, src=constants, src_column=1)))
+                self.asm.loop(Alu(op=op, **self._with_constants(tile, self._base[operand])))
             else:
                 self.asm.loop(Alu(op=op, immediate=operand, **tile.over(self.asm)))
+
+    def _with_constants(self, tile: _Open, base: int) -> dict[str, Any]:
+        if self.epilogue.by_rows:
+            return tile.over(self.asm, src=base + tile.rows.start * self.size, src_row=1)
+        return tile.over(self.asm, src=base + tile.columns.start, src_column=1)
 
     def _store(self, tile: _Open) -> Iterator[None]:
         """A store for each byte, with a pause behind it: the next byte overwrites what is being stored, so
