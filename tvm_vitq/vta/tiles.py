@@ -1,0 +1,89 @@
+"""Which tile a product gets: all that fit, and an estimate of their cycles from the formulas of `cycles`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tvm_vitq.errors import VitqError
+from tvm_vitq.vta.config import Memory, VtaConfig
+from tvm_vitq.vta.cycles import FIRST_BURST, LOAD_START, LOOP_START, NEXT_BURST, STORE_BURST, STORE_START
+from tvm_vitq.vta.matmul import Tile, fits
+
+CONTEXTS = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A product, in blocks.
+
+    rows, columns : of the result;  depth : of the sum;  passes : left operands.
+    operations : cycles of the ALU and of resets for each accumulator, stores' shifts left out.
+    planes : bytes of the result;  constants : accumulators that hold some.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    operations: int
+    passes: int = 1
+    planes: int = 1
+    constants: int = 0
+
+
+def tiles(size: Size, config: VtaConfig) -> Iterator[Tile]:
+    """Every tile that fits, with pieces as equal as can be: of two that cut a product into as many pieces the
+    larger one is left out.
+    """
+    rows, columns, depths = (_pieces(count) for count in (size.rows, size.columns, size.depth))
+    for row, column, depth, contexts in itertools.product(rows, columns, depths, CONTEXTS):
+        tile = Tile(row, column, depth, contexts)
+        if fits(tile, size.constants, config):
+            yield tile
+
+
+def _pieces(count: int) -> list[int]:
+    """Sizes of the largest piece when `count` is cut into 1, 2, ... equal ones."""
+    return list(dict.fromkeys(-(-count // pieces) for pieces in range(1, count + 1)))
+
+
+def estimate(size: Size, tile: Tile, config: VtaConfig) -> float:
+    """Cycles: of the busiest stage, and of the others before it begins and after it ends."""
+    block, bus = config.block, config.board.bus_bits // 8
+    row_tiles, column_tiles = -(-size.rows // tile.rows), -(-size.columns // tile.columns)
+    parts = -(-size.depth // tile.depth) * size.passes
+    count = row_tiles * column_tiles
+    entries = size.rows * size.columns * block
+    inp, wgt, out = (config.element_bytes(m) / bus for m in (Memory.INP, Memory.WGT, Memory.OUT))
+    whole = parts == 1
+    start = LOAD_START + FIRST_BURST
+    left = size.rows * size.depth * size.passes * block * inp * (1 if whole else column_tiles)
+    left += (row_tiles if whole else count * parts) * (start + tile.rows * NEXT_BURST)
+    right = row_tiles * size.columns * size.depth * size.passes * wgt
+    right += count * parts * (start + tile.columns * NEXT_BURST)
+    load = left + right
+    loops = count * (parts + size.operations + size.planes - 1 + size.passes - 1)
+    compute = entries * (size.depth * size.passes + size.operations + size.planes - 1 + size.passes - 1)
+    compute += loops * LOOP_START
+    store = size.planes * (entries * (out + 1) + count * (STORE_START + tile.rows * STORE_BURST))
+    first = load / (count * parts)
+    last = store / count
+    # Bytes of a result take turns in one accumulator, one for each tile that others work on in between; for
+    # those that are left the ALU waits.
+    left_over = max(size.planes - tile.contexts, 0)
+    waits = store / size.planes * (left_over + 1) if left_over else 0.0
+    return max(load, compute + waits, store) + first + last
+
+
+def choose_tile(size: Size, config: VtaConfig, where: str) -> Tile:
+    """The tile with the best estimate.
+
+    Raises
+    ------
+    VitqError : none fits.
+    """
+    found = min(tiles(size, config), key=lambda tile: estimate(size, tile, config), default=None)
+    if found is None:
+        raise VitqError("no tile of the product fits VTA", where=where, got=size, expected=config.text)
+    return found
