@@ -7,11 +7,12 @@ import pytest
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.vta.assembler import Assembler, Buffer
-from tvm_vitq.vta.blocks import Matrix, pack, unpack
+from tvm_vitq.vta.blocks import Matrix, pack
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.device import SimulatedDevice
 from tvm_vitq.vta.matmul import Epilogue, Product, Tile
-from tvm_vitq.vta.program import PlacedProgram, Program
+from tvm_vitq.vta.operand import Operand
+from tvm_vitq.vta.program import Launch, PlacedProgram, Program
 
 CONFIG = VtaConfig()
 RNG = np.random.default_rng(0)
@@ -19,34 +20,27 @@ X, W1, W2 = (RNG.integers(-128, 128, shape).astype(np.int8) for shape in ((40, 6
 
 
 def two_launches() -> Program:
-    """(x w1.T >> 8) in one launch, its result times w2.T >> 8 in the next."""
-    x, middle, y = (
-        Buffer("x", 3 * 4 * 256),
-        Buffer("middle", 3 * 3 * 256, written=False),
-        Buffer("y", 3 * 2 * 256, written=False),
-    )
-    streams = {}
-    for name, left, weight, right, out in (
-        ("first", Matrix(x, 3, 4), W1, (3, 4), Matrix(middle, 3, 3)),
-        ("second", Matrix(middle, 3, 3), W2, (2, 3), Matrix(y, 3, 2)),
+    """(x w1.T >> 8) in one launch, its result times w2.T in the next, as codes and as 4 bytes."""
+    x = Operand.made("x", (1, 40, 64), "int8", 16)
+    middle = Operand.made("middle", (1, 40, 48), "int8", 16, written=False)
+    y = Operand.made("y", (1, 40, 32), "int8", 16, written=False)
+    sums = Operand.made("sums", (1, 40, 32), "int32", 16, planes=4, written=False)
+    launches = {}
+    eight, all_bytes = np.full(48, 8), Epilogue(None, np.zeros(32, int), None, None, planes=4)
+    for name, left, weight, made in (
+        ("first", x, W1, [(middle, Epilogue(None, eight))]),
+        ("second", middle, W2, [(y, Epilogue(None, eight[:32])), (sums, all_bytes)]),
     ):
         packed = pack(weight)
         constants = Buffer(name, packed.size, contents=packed.view(np.uint8).ravel())
+        right = Matrix(constants, *packed.shape[:2])
         assembler = Assembler(CONFIG)
-        epilogue = Epilogue(None, np.full(len(weight), 8))
-        tile = Tile(1, 2, left.columns)
-        Product(assembler, [left], Matrix(constants, *right), [out], epilogue, tile, 40, name).emit()
-        streams[name] = assembler.finish()
-    return Program(CONFIG, streams)
-
-
-def expected() -> np.ndarray:
-    middle = np.clip(X.astype(int) @ W1.T.astype(int) >> 8, -128, 127)
-    return np.clip(middle @ W2.T.astype(int) >> 8, -128, 127)
-
-
-def buffer(program: Program, name: str) -> Buffer:
-    return next(found for found in program.buffers if found.name == name)
+        for out, epilogue in made:
+            outs, tile = out.matrices(0, 16), Tile(1, 2, right.columns)
+            Product(assembler, left.matrices(0, 16), right, outs, epilogue, tile, 40, name).emit()
+        inputs = [x] if name == "first" else []
+        launches[name] = Launch(assembler.finish(), inputs, [out for out, _ in made])
+    return Program(CONFIG, launches)
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -55,16 +49,33 @@ def test_a_program_runs_before_and_after_it_was_saved(saved):
     if saved:
         program = Program.from_bytes(program.to_bytes())
     placed = PlacedProgram(program, SimulatedDevice(CONFIG, megabytes=8))
-    for scale in (1, -1):
-        placed.run("first", {buffer(program, "x"): pack((X * scale).astype(np.int8))})
-        placed.run("second", {})
-    found = placed.read(buffer(program, "y")).view(np.int8).reshape(3, 2, 16, 16)
-    placed.run("first", {buffer(program, "x"): pack(X)})
-    placed.run("second", {})
-    again = placed.read(buffer(program, "y")).view(np.int8).reshape(3, 2, 16, 16)
-    assert np.array_equal(unpack(again, 40, 32), expected()) and not np.array_equal(again, found)
+    for x in (X, -(X // 2), X):
+        (middle,) = placed.run("first", x)
+        y, sums = placed.run("second")
+        expected = np.clip(x.astype(int) @ W1.T.astype(int) >> 8, -128, 127)
+        assert middle.dtype == y.dtype == np.int8 and sums.dtype == np.int32
+        assert np.array_equal(middle[0], expected)
+        assert np.array_equal(sums[0], expected @ W2.T.astype(int))
+        assert np.array_equal(y[0], np.clip(sums[0] >> 8, -128, 127))
     assert placed.cycles("first").total > 0
     placed.close()
+
+
+def test_tensors_of_several_matrices_and_bytes():
+    rng = np.random.default_rng(1)
+    values = rng.integers(0, 4096, (3, 20, 33)).astype(np.uint16)
+    operand = Operand.made("index", (3, 20, 33), "uint16", 16, planes=2)
+    planes = [
+        np.stack([pack((part >> shift & 255).astype(np.uint8).view(np.int8)) for part in values])
+        for shift in (0, 8)
+    ]
+    assert [plane.size for plane in planes] == [buffer.size for buffer in operand.planes]
+    found = operand.unpacked([plane.view(np.uint8) for plane in planes], 16)
+    assert found.dtype == np.uint16 and np.array_equal(found, values)
+    assert operand.matrices(2, 16)[1].block(1, 2) == 2 * 6 + 5
+    codes = rng.integers(-128, 128, (3, 20, 33)).astype(np.int8)
+    operand = Operand.made("codes", (3, 20, 33), "int8", 16)
+    assert np.array_equal(operand.unpacked([operand.packed(codes, 16).view(np.uint8)], 16), codes)
 
 
 def test_the_same_program_makes_the_same_file():
@@ -73,7 +84,7 @@ def test_the_same_program_makes_the_same_file():
 
 def test_launches_must_follow_those_whose_results_they_read():
     program = two_launches()
-    program.streams = dict(reversed(program.streams.items()))
+    program.launches = dict(reversed(program.launches.items()))
     with pytest.raises(VitqError, match=r"(?s)not sound.*where: second.*uninitialized"):
         PlacedProgram(program, SimulatedDevice(CONFIG, megabytes=8))
 

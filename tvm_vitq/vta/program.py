@@ -23,8 +23,18 @@ from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.cycles import Cycles, count_cycles
 from tvm_vitq.vta.device import Device
 from tvm_vitq.vta.isa import Store, decode, encode
+from tvm_vitq.vta.operand import Operand
 
 HEADER = "program.json"
+
+
+@dataclass
+class Launch:
+    """One run of the machine, as the host sees it: tensors in, tensors out."""
+
+    stream: Stream
+    inputs: list[Operand]
+    outputs: list[Operand]
 
 
 @dataclass
@@ -32,16 +42,17 @@ class Program:
     """Launches in the order in which a call of the model runs them.
 
     config : the machine.
-    streams : by name.
+    launches : by name.
     """
 
     config: VtaConfig
-    streams: dict[str, Stream]
+    launches: dict[str, Launch]
 
     @property
     def buffers(self) -> list[Buffer]:
         """All buffers, each once, in the order of their first use."""
-        return list(dict.fromkeys(buffer for stream in self.streams.values() for buffer in stream.buffers))
+        used = (buffer for launch in self.launches.values() for buffer in launch.stream.buffers)
+        return list(dict.fromkeys(used))
 
     def to_bytes(self) -> bytes:
         """A file's content, for `from_bytes`."""
@@ -49,17 +60,22 @@ class Program:
         header = {
             "config": asdict(self.config),
             "buffers": [[buffer.name, buffer.size, buffer.written] for buffer in place],
-            "streams": {
-                name: [place[buffer] for buffer in stream.buffers] for name, stream in self.streams.items()
+            "launches": {
+                name: {
+                    "buffers": [place[buffer] for buffer in launch.stream.buffers],
+                    "inputs": [_operand_to_json(operand, place) for operand in launch.inputs],
+                    "outputs": [_operand_to_json(operand, place) for operand in launch.outputs],
+                }
+                for name, launch in self.launches.items()
             },
         }
         arrays: dict[str, Any] = {HEADER: np.frombuffer(json.dumps(header).encode(), np.uint8)}
         for buffer, number in place.items():
             if buffer.contents is not None:
                 arrays[f"contents {number}"] = buffer.contents
-        for number, stream in enumerate(self.streams.values()):
-            arrays[f"stream {number}"] = np.frombuffer(encode(stream.program, self.config), np.uint8)
-            arrays[f"uses {number}"] = np.array(stream.uses, np.int32)
+        for number, launch in enumerate(self.launches.values()):
+            arrays[f"stream {number}"] = np.frombuffer(encode(launch.stream.program, self.config), np.uint8)
+            arrays[f"uses {number}"] = np.array(launch.stream.uses, np.int32)
         file = io.BytesIO()
         np.savez(file, **arrays)
         return file.getvalue()
@@ -80,14 +96,29 @@ class Program:
                     Buffer(name, size, arrays.get(f"contents {number}"), written)
                     for number, (name, size, written) in enumerate(header["buffers"])
                 ]
-                streams = {}
-                for number, (name, used) in enumerate(header["streams"].items()):
+                launches = {}
+                for number, (name, made) in enumerate(header["launches"].items()):
                     program = decode(arrays[f"stream {number}"].tobytes(), config)
                     uses = arrays[f"uses {number}"].tolist()
-                    streams[name] = Stream(program, [buffers[place] for place in used], uses)
+                    stream = Stream(program, [buffers[place] for place in made["buffers"]], uses)
+                    inputs, outputs = (
+                        [_operand_from_json(entry, buffers) for entry in made[side]]
+                        for side in ("inputs", "outputs")
+                    )
+                    launches[name] = Launch(stream, inputs, outputs)
         except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
             raise VitqError("VTA program is damaged", where=where, got=error, fix="build it again") from error
-        return cls(config, streams)
+        return cls(config, launches)
+
+
+def _operand_to_json(operand: Operand, place: Mapping[Buffer, int]) -> list[Any]:
+    planes = [place[plane] for plane in operand.planes]
+    return [planes, operand.count, operand.rows, operand.columns, operand.dtype]
+
+
+def _operand_from_json(data: list[Any], buffers: list[Buffer]) -> Operand:
+    planes, *rest = data
+    return Operand(tuple(buffers[plane] for plane in planes), *rest)
 
 
 class PlacedProgram:
@@ -108,7 +139,7 @@ class PlacedProgram:
             raise VitqError(
                 "program is for another VTA", got=program.config, expected=device.config, fix="build it again"
             )
-        self._device = device
+        self._program, self._device = program, device
         self._allocated = {buffer: device.allocate(buffer.size) for buffer in program.buffers}
         for buffer, memory in self._allocated.items():
             if buffer.contents is not None:
@@ -116,7 +147,8 @@ class PlacedProgram:
         self._streams = {}
         self._programs = {}
         stored: set[Buffer] = set()
-        for name, stream in program.streams.items():
+        for name, launch in program.launches.items():
+            stream = launch.stream
             placed = stream.placed([self._allocated[b].address for b in stream.buffers], program.config)
             writes = {
                 stream.buffers[used]
@@ -141,15 +173,16 @@ class PlacedProgram:
             writable=buffer in writes and buffer.contents is None,
         )
 
-    def run(self, name: str, inputs: Mapping[Buffer, Array]) -> None:
-        """Writes inputs, then runs a launch to its end."""
-        for buffer, data in inputs.items():
-            self._allocated[buffer].write(data)
+    def run(self, name: str, *inputs: Array) -> list[Array]:
+        """Runs a launch: int8 tensors to device memory, the stream, and its results from there."""
+        launch, block = self._program.launches[name], self._device.config.block
+        for operand, tensor in zip(launch.inputs, inputs, strict=True):
+            self._allocated[operand.planes[0]].write(operand.packed(tensor, block))
         self._device.run(self._streams[name], len(self._programs[name]))
-
-    def read(self, buffer: Buffer) -> Array:
-        """What a buffer holds, uint8 [size]."""
-        return self._allocated[buffer].read()
+        return [
+            operand.unpacked([self._allocated[plane].read() for plane in operand.planes], block)
+            for operand in launch.outputs
+        ]
 
     def cycles(self, name: str) -> Cycles:
         """Of a launch, by the cycle model."""

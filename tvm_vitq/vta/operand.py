@@ -1,0 +1,65 @@
+"""Tensors of the host as a launch takes and leaves them: blocked, and a matrix for each byte of a value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from tvm_vitq.numerics import Array
+from tvm_vitq.vta.assembler import Buffer
+from tvm_vitq.vta.blocks import Matrix, pack, unpack
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor ``[count, rows, columns]`` in device memory: `count` blocked matrices one behind the other, in
+    one buffer for each byte of a value, the lowest first.
+
+    dtype : of the host: int8, or what several bytes make: uint16 of two, int32 of up to four, the highest
+        with its sign.
+    """
+
+    planes: tuple[Buffer, ...]
+    count: int
+    rows: int
+    columns: int
+    dtype: str
+
+    @classmethod
+    def made(
+        cls,
+        name: str,
+        shape: tuple[int, int, int],
+        dtype: str,
+        block: int,
+        planes: int = 1,
+        written: bool = True,
+    ) -> Operand:
+        """With buffers of its own, which the host writes, or the device."""
+        count, rows, columns = shape
+        size = count * math.prod(-(-n // block) for n in (rows, columns)) * block**2
+        names = [name] if planes == 1 else [f"{name} byte {n}" for n in range(planes)]
+        return cls(tuple(Buffer(each, size, written=written) for each in names), *shape, dtype)
+
+    def matrices(self, number: int, block: int) -> list[Matrix]:
+        """Matrix `number` of each plane."""
+        rows, columns = -(-self.rows // block), -(-self.columns // block)
+        return [Matrix(plane, rows, columns, first=number * rows * columns) for plane in self.planes]
+
+    def packed(self, tensor: Array, block: int) -> Array:
+        """An int8 tensor as the bytes of its buffer."""
+        matrices = np.asarray(tensor, np.int8).reshape(self.count, self.rows, self.columns)
+        return np.stack([pack(matrix, block) for matrix in matrices])
+
+    def unpacked(self, planes: list[Array], block: int) -> Array:
+        """The tensor that the bytes of the buffers make, ``[count, rows, columns]``."""
+        shape = (self.count, -(-self.rows // block), -(-self.columns // block), block, block)
+        result = np.zeros((self.count, self.rows, self.columns), np.int32)
+        for number, plane in enumerate(planes):
+            signed = number == len(planes) - 1 and self.dtype != "uint16"
+            blocks = plane.view(np.int8 if signed else np.uint8).reshape(shape)
+            for matrix, into in zip(blocks, result, strict=True):
+                into += unpack(matrix, self.rows, self.columns).astype(np.int32) << 8 * number
+        return result.astype(self.dtype)
