@@ -12,9 +12,10 @@ from tvm_vitq.vta.check import Region, check
 from tvm_vitq.vta.config import PORTABLE_UOPS, Memory, VtaConfig
 from tvm_vitq.vta.cycles import Cycles, count_cycles
 from tvm_vitq.vta.isa import Alu, AluOp, Gemm, Load, Stage
-from tvm_vitq.vta.matmul import Epilogue, Product, Tile
+from tvm_vitq.vta.matmul import Epilogue, Product
 from tvm_vitq.vta.order import follow
 from tvm_vitq.vta.simulator import Simulator
+from tvm_vitq.vta.tiles import Tile
 
 CONFIG = VtaConfig()
 SMALL = VtaConfig(log_uop_bytes=13, log_inp_bytes=13, log_wgt_bytes=15, log_acc_bytes=15)

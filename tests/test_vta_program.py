@@ -10,9 +10,10 @@ from tvm_vitq.vta.assembler import Assembler, Buffer
 from tvm_vitq.vta.blocks import Matrix, pack
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.device import SimulatedDevice
-from tvm_vitq.vta.matmul import Epilogue, Product, Tile
+from tvm_vitq.vta.matmul import Epilogue, Product
 from tvm_vitq.vta.operand import Operand
 from tvm_vitq.vta.program import Launch, PlacedProgram, Program
+from tvm_vitq.vta.tiles import Tile
 
 CONFIG = VtaConfig()
 RNG = np.random.default_rng(0)

@@ -16,28 +16,15 @@ from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
 from tvm_vitq.vta.assembler import Assembler, Buffer
 from tvm_vitq.vta.blocks import Matrix, bias_as_products, filled
-from tvm_vitq.vta.config import Memory, VtaConfig
+from tvm_vitq.vta.config import Memory
 from tvm_vitq.vta.isa import Alu, AluOp, Gemm
+from tvm_vitq.vta.tiles import Size, Tile, choose_tile, fits
 
 LARGEST_SHIFT = 15
 """Of one instruction, to the right."""
 
 FEWEST_ROWS = 3
 """Micro-ops of a tile, so that none meets its own accumulator again within the pipeline."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What is in the scratchpads at a time, in blocks.
-
-    rows, columns : of the result;  depth : of the sum.
-    contexts : 2, or 1 to see what overlapping is worth.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    contexts: int = 2
 
 
 @dataclass(frozen=True)
@@ -56,16 +43,6 @@ class Epilogue:
     high: int | None = 127
     planes: int = 1
     by_rows: bool = False
-
-
-def fits(tile: Tile, constants: int, config: VtaConfig) -> bool:
-    """Whether a tile's contexts fit into the scratchpads, beside `constants` accumulators and the bias."""
-    size = config.block
-    return (
-        tile.rows * tile.depth * size * tile.contexts < config.depth(Memory.INP)
-        and tile.columns * (tile.depth + 1) * tile.contexts <= config.depth(Memory.WGT)
-        and tile.rows * tile.columns * size * tile.contexts + constants <= config.depth(Memory.ACC)
-    )
 
 
 class _Open:
@@ -124,12 +101,13 @@ class Product:
     assembler : where to.
     lefts : [rows, depth] blocks each, the bytes of wider operands, the highest first.
     right : [columns, depth] blocks;  outs : a matrix for each plane.
+    tile : what is in the scratchpads at a time; None: the one with the best estimate.
     rows : rows of `left` that mean something; those behind them in their block become what zeros would.
     name : for messages.
 
     Raises
     ------
-    VitqError : a tile that does not fit.
+    VitqError : a tile that does not fit, or none that does.
     """
 
     def __init__(
@@ -139,16 +117,17 @@ class Product:
         right: Matrix,
         outs: Sequence[Matrix],
         epilogue: Epilogue,
-        tile: Tile,
+        tile: Tile | None,
         rows: int,
         name: str,
     ) -> None:
         self.asm, self.config = assembler, assembler.config
-        self.lefts, self.right, self.outs, self.epilogue, self.tile = lefts, right, outs, epilogue, tile
+        self.lefts, self.right, self.outs, self.epilogue = lefts, right, outs, epilogue
         self.left, self.rows = lefts[0], rows
         self.size = self.config.block
         self._prepare(name)
         used = len(self._loaded) * self._constants
+        tile = self.tile = tile or choose_tile(self._tile_size(used), self.config, name)
         if not fits(tile, used, self.config):
             raise VitqError("VTA tile does not fit", where=name, got=tile, expected=self.config.text)
         self._span = {
@@ -158,6 +137,11 @@ class Product:
         }
         self._turn = dict.fromkeys(self._span, 0)
         self._pending: dict[int, Iterator[None]] = {}
+
+    def _tile_size(self, constants: int) -> Size:
+        alu = sum(2 if isinstance(operand, str) else 1 for _, operand in self._operations())
+        sizes = (self.left.rows, self.right.rows, self.left.columns)
+        return Size(*sizes, 1 + bool(self._bias) + alu, len(self.lefts), len(self.outs), constants)
 
     def emit(self) -> None:
         """The whole product: rows of tiles, in them columns, in them parts of the sum."""

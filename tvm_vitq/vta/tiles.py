@@ -9,9 +9,22 @@ from dataclasses import dataclass
 from tvm_vitq.errors import VitqError
 from tvm_vitq.vta.config import Memory, VtaConfig
 from tvm_vitq.vta.cycles import FIRST_BURST, LOAD_START, LOOP_START, NEXT_BURST, STORE_BURST, STORE_START
-from tvm_vitq.vta.matmul import Tile, fits
 
 CONTEXTS = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What is in the scratchpads at a time, in blocks.
+
+    rows, columns : of the result;  depth : of the sum.
+    contexts : 2, or 1 to see what overlapping is worth.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    contexts: int = 2
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,16 @@ class Size:
     passes: int = 1
     planes: int = 1
     constants: int = 0
+
+
+def fits(tile: Tile, constants: int, config: VtaConfig) -> bool:
+    """Whether a tile's contexts fit into the scratchpads, beside `constants` accumulators and the bias."""
+    size = config.block
+    return (
+        tile.rows * tile.depth * size * tile.contexts < config.depth(Memory.INP)
+        and tile.columns * (tile.depth + 1) * tile.contexts <= config.depth(Memory.WGT)
+        and tile.rows * tile.columns * size * tile.contexts + constants <= config.depth(Memory.ACC)
+    )
 
 
 def tiles(size: Size, config: VtaConfig) -> Iterator[Tile]:

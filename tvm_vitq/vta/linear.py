@@ -1,0 +1,78 @@
+"""A linear layer on VTA: which of its conversions the ALU does, and the launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tvm_vitq.numerics import INDEX_BITS, Array, Output
+from tvm_vitq.vta.assembler import Assembler, Buffer
+from tvm_vitq.vta.blocks import Matrix, pack
+from tvm_vitq.vta.config import VtaConfig
+from tvm_vitq.vta.matmul import Epilogue, Product
+from tvm_vitq.vta.operand import Operand
+from tvm_vitq.vta.program import Launch
+
+LARGEST_SUM = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a layer's sums become on VTA.
+
+    epilogue : on the ALU.
+    dtype : of what the host gets;  finished : whether that is the layer's result, or its sums.
+    """
+
+    epilogue: Epilogue
+    dtype: str
+    finished: bool
+
+
+def conversion(weight: Array, bias: Array, multiplier: Array, zero_point: Array, out: Output) -> Conversion:
+    """The layer's requantization by shifts, where it is one (`numerics.round_shift`) and its result has one
+    or two bytes; else all of the sums.
+
+    ``clip(((sum + bias + half) >> s) + z) = clip((sum + bias + half + (z << s)) >> s)``: half, zero point and
+    bias are one constant. It is proved that no sum overflows with it.
+    """
+    sums = Conversion(Epilogue(bias, np.zeros(len(bias), np.int64), None, None, planes=4), "int32", False)
+    if out.kind != "shift" or out.dtype not in ("int8", "uint16") or out.qmax >= 1 << INDEX_BITS:
+        return sums
+    count = len(bias)
+    shift = np.broadcast_to(np.round(-np.log2(np.asarray(multiplier, np.float64))).astype(np.int64), count)
+    half = np.where(shift > 0, np.int64(1) << np.maximum(shift - 1, 0), 0)
+    added = bias.astype(np.int64) + half + (np.broadcast_to(zero_point, count).astype(np.int64) << shift)
+    most = 128 * np.abs(weight.astype(np.int64)).sum(1) + np.abs(added)
+    least, largest = int(shift.min()), int(shift.max())
+    if most.max() > LARGEST_SUM or largest > 30 or (largest > 15 and largest - least > 15):
+        return sums
+    planes = 1 if out.dtype == "int8" else 2
+    return Conversion(Epilogue(added, shift, out.qmin, out.qmax, planes), out.dtype, True)
+
+
+def linear_launch(name: str, rows: int, weight: Array, made: Conversion, config: VtaConfig) -> Launch:
+    """The launch of a layer: int8 [1, rows, K] to [1, rows, N] of the conversion's dtype.
+
+    Parameters
+    ----------
+    weight : int8 [N, K].
+
+    Raises
+    ------
+    VitqError : no tile fits.
+    """
+    columns, depth = weight.shape
+    block, planes = config.block, made.epilogue.planes
+    x = Operand.made(f"{name} input", (1, rows, depth), "int8", block)
+    y = Operand.made(f"{name} result", (1, rows, columns), made.dtype, block, planes, written=False)
+    packed = pack(weight, block)
+    right = Matrix(
+        Buffer(f"{name} weight", packed.size, contents=packed.view(np.uint8).ravel()), *packed.shape[:2]
+    )
+    assembler = Assembler(config)
+    left = x.matrices(0, block)
+    product = Product(assembler, left, right, y.matrices(0, block), made.epilogue, None, rows, name)
+    product.emit()
+    return Launch(assembler.finish(), [x], [y])
