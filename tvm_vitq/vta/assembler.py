@@ -10,7 +10,7 @@ stage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -100,6 +100,7 @@ class Assembler:
         self._pads = {memory: _Elements(config.depth(memory)) for memory in Memory}
         self._far: dict[Buffer, _Elements] = {}
         self._settled = np.zeros(config.depth(Memory.ACC), bool)
+        self._deferred: list[tuple[range, Iterator[None]]] = []
         self._pages: list[Buffer] = []
         self._uops: Array = np.zeros((0, 3), np.int64)
         self._tables: dict[bytes, int] = {}
@@ -141,6 +142,27 @@ class Assembler:
         """Whether all of these were last written by an operation, so that they can be stored."""
         return bool(self._settled[accumulators].all())
 
+    def defer(self, accumulators: range, steps: Iterator[None]) -> None:
+        """Leaves the rest of a tile's stores for later, one at each `advance`: what the next one stores must
+        be made in accumulators that are still being stored, so other work is to come first.
+        """
+        self._deferred.append((accumulators, steps))
+
+    def advance(self) -> None:
+        """One step of everything deferred."""
+        self._deferred = [entry for entry in self._deferred if next(entry[1], self) is None]
+
+    def settle(self, accumulators: range) -> None:
+        """All steps of what is deferred in any of these, which are about to be overwritten."""
+        waiting = []
+        for held, steps in self._deferred:
+            if held.start < accumulators.stop and accumulators.start < held.stop:
+                for _ in steps:
+                    pass
+            else:
+                waiting.append((held, steps))
+        self._deferred = waiting
+
     def load(
         self, memory: Memory, sram: int, buffer: Buffer, dram: int, rows: int, columns: int, stride: int
     ) -> None:
@@ -161,6 +183,7 @@ class Assembler:
 
     def finish(self) -> Stream:
         """The whole stream: micro-ops are loaded first, FINISH waits for everything."""
+        self.settle(range(self.config.depth(Memory.ACC)))
         ends = {at: len(self._positions[at]) - 1 for at in (Stage.LOAD, Stage.STORE)}
         self._wait(no_op(Stage.COMPUTE), None, {at: end for at, end in ends.items() if end >= 0})
         program = [self._sized(*entry) for entry in zip(self._program, self._buffers, strict=True)]

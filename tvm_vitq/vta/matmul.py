@@ -56,6 +56,7 @@ class _Open:
         self.acc, self.rows, self.columns = acc, rows, columns
         self.width, self.size = columns.stop - columns.start, asm.config.block
         held = (rows.stop - rows.start) * self.size
+        self.accumulators = range(acc, acc + held * self.width)
         self.useful = min(held, max(count - rows.start * self.size, 0))
         fill = self.elements(np.arange(self.useful, held))[:, None] + self.size * np.arange(self.width)
         self.operated = self.useful if asm.settled(fill.ravel()) else held
@@ -136,7 +137,6 @@ class Product:
             Memory.ACC: (self.config.depth(Memory.ACC) - used) // tile.contexts,
         }
         self._turn = dict.fromkeys(self._span, 0)
-        self._pending: dict[int, Iterator[None]] = {}
 
     def _tile_size(self, constants: int) -> Size:
         alu = sum(2 if isinstance(operand, str) else 1 for _, operand in self._operations())
@@ -146,6 +146,7 @@ class Product:
     def emit(self) -> None:
         """The whole product: rows of tiles, in them columns, in them parts of the sum."""
         for table, base in self._loaded:
+            self.asm.settle(range(base, base + self._constants))
             self.asm.load(Memory.ACC, base, table, 0, 1, self._constants, self._constants)
         if self._bias:
             self.asm.load(Memory.INP, self.config.depth(Memory.INP) - 1, self._bias[0], 0, 1, 1, 1)
@@ -164,18 +165,16 @@ class Product:
                         if not whole:
                             inputs = self._load_left(left, rows, depth)
                         self._multiply(tile, inputs, depth)
-                for stores in self._pending.values():
-                    next(stores, None)
+                self.asm.advance()
                 self._finish(tile)
-                self._pending[tile.acc] = self._store(tile)
-                next(self._pending[tile.acc])
-        for stores in self._pending.values():
-            _exhaust(stores)
+                stores = self._store(tile)
+                next(stores)
+                self.asm.defer(tile.accumulators, stores)
 
     def _open(self, rows: slice, columns: slice) -> _Open:
         """A tile in the context whose turn it is, once everything in it is stored."""
         acc = self._next(Memory.ACC)
-        _exhaust(self._pending.pop(acc, iter(())))
+        self.asm.settle(range(acc, acc + self._span[Memory.ACC]))
         return _Open(self.asm, acc, rows, columns, self.rows)
 
     def _prepare(self, name: str) -> None:
@@ -313,8 +312,3 @@ def _cut(count: int, step: int) -> Iterator[slice]:
     pieces = -(-count // step)
     edges = [count * piece // pieces for piece in range(pieces + 1)]
     return (slice(start, stop) for start, stop in itertools.pairwise(edges))
-
-
-def _exhaust(steps: Iterator[None]) -> None:
-    for _ in steps:
-        pass
