@@ -52,6 +52,12 @@ def pack(matrix: Array, block: int = 16) -> Array:
     return np.ascontiguousarray(full.reshape(rows, block, columns, block).transpose(0, 2, 1, 3))
 
 
+def constant_matrix(name: str, values: Array, block: int = 16) -> Matrix:
+    """int8 [rows, columns] as a blocked matrix in a buffer of its own."""
+    packed = pack(values, block)
+    return Matrix(Buffer(name, packed.size, contents=packed.view(np.uint8).ravel()), *packed.shape[:2])
+
+
 def unpack(blocks: Array, rows: int, columns: int) -> Array:
     """The inverse of `pack`."""
     height, width, block, _ = blocks.shape

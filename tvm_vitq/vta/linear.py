@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tvm_vitq.numerics import INDEX_BITS, Array, Output
-from tvm_vitq.vta.assembler import Assembler, Buffer
-from tvm_vitq.vta.blocks import Matrix, pack
+from tvm_vitq.vta.assembler import Assembler
+from tvm_vitq.vta.blocks import constant_matrix
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.matmul import Epilogue, Product
 from tvm_vitq.vta.operand import Operand
@@ -67,10 +67,7 @@ def linear_launch(name: str, rows: int, weight: Array, made: Conversion, config:
     block, planes = config.block, made.epilogue.planes
     x = Operand.made(f"{name} input", (1, rows, depth), "int8", block)
     y = Operand.made(f"{name} result", (1, rows, columns), made.dtype, block, planes, written=False)
-    packed = pack(weight, block)
-    right = Matrix(
-        Buffer(f"{name} weight", packed.size, contents=packed.view(np.uint8).ravel()), *packed.shape[:2]
-    )
+    right = constant_matrix(f"{name} weight", weight, block)
     assembler = Assembler(config)
     left = x.matrices(0, block)
     product = Product(assembler, left, right, y.matrices(0, block), made.epilogue, None, rows, name)
