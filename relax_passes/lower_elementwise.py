@@ -29,7 +29,7 @@ def round_to_int32(x: Expr) -> Expr:
     return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id("llvm.lrint"), x, dtype="int32")
 
 
-def _clip(x: Expr, low: int | float, high: int | float, dtype: str) -> Expr:
+def clip(x: Expr, low: int | float, high: int | float, dtype: str) -> Expr:
     return tirx.max(tirx.min(x, tirx.const(high, dtype)), tirx.const(low, dtype))
 
 
@@ -42,16 +42,14 @@ def _at(operand: Operand, index: tuple[Expr, ...], dtype: str) -> Expr:
 
 
 def _round_multiply(value: Expr, multiplier: Expr) -> Expr:
-    return round_to_int32(_clip(tirx.Cast("float32", value) * multiplier, -WIDE_MAX, WIDE_MAX, "float32"))
+    return round_to_int32(clip(tirx.Cast("float32", value) * multiplier, -WIDE_MAX, WIDE_MAX, "float32"))
 
 
 def _round_shift(value: Expr, shift: int) -> Expr:
     """Half up; in 64 bits, as the sum with the half could leave int32."""
     wide = tirx.Cast("int64", value)
     half = tirx.const(1 << (shift - 1) if shift > 0 else 0, "int64")
-    return tirx.Cast(
-        "int32", _clip((wide + half) >> tirx.const(shift, "int64"), -WIDE_MAX, WIDE_MAX, "int64")
-    )
+    return tirx.Cast("int32", clip((wide + half) >> tirx.const(shift, "int64"), -WIDE_MAX, WIDE_MAX, "int64"))
 
 
 def _requantized(
@@ -64,7 +62,7 @@ def _requantized(
     else:
         rounded = _round_multiply(value, _at(multiplier, index, "float32"))
     shifted = rounded + _at(zero, index, "int32")
-    return tirx.Cast(info["out_dtype"], _clip(shifted, info["qmin"], info["qmax"], "int32"))
+    return tirx.Cast(info["out_dtype"], clip(shifted, info["qmin"], info["qmax"], "int32"))
 
 
 def int_quantize(info: dict[str, Any], x: te.Tensor, inverse_scale: Operand, zero: Operand) -> te.Tensor:
@@ -99,7 +97,7 @@ def int_lookup(info: dict[str, Any], x: te.Tensor, table: te.Tensor) -> te.Tenso
 
 def int_add(info: dict[str, Any], a: Operand, b: Operand) -> te.Tensor:
     def element(*i: Expr) -> Expr:
-        return _clip(_at(a, i, "int32") + _at(b, i, "int32"), -WIDE_MAX, WIDE_MAX, "int32")
+        return clip(_at(a, i, "int32") + _at(b, i, "int32"), -WIDE_MAX, WIDE_MAX, "int32")
 
     return te.compute(info["shape"], element, name="int_add")
 
