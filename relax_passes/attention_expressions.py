@@ -1,6 +1,6 @@
 """Attention between its two matrix products as tensor expressions, for targets that multiply elsewhere.
 
-``t = int_scores(q k.T)``, ``p = int_probabilities(t)``, its bytes ``int_byte(p)``, ``int_values(bytes of p @ v)``:
+``t = int_scores(q k.T)``, ``p = int_probabilities(t)``, bytes ``int_byte(p)``, ``int_values(their sums)``:
 together numerics_attention.int_attention, on the sums of products and on the codes that zero points need.
 """
 
@@ -213,4 +213,6 @@ def int_values(
     return te.compute((batch, tokens, channels), element, name="int_values")
 
 
-EXPRESSIONS = {f"vitq.{f.__name__}": f for f in (int_scores, int_probabilities, int_byte, int_values)}
+ATTENTION_EXPRESSIONS = {
+    f"vitq.{f.__name__}": f for f in (int_scores, int_probabilities, int_byte, int_values)
+}

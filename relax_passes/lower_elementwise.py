@@ -15,7 +15,6 @@ from tvm import te, tirx
 from tvm.ir import Call, Expr
 from tvm.script import tirx as T
 
-from tvm_vitq.errors import VitqError
 from tvm_vitq.graph import is_constant, value_of
 from tvm_vitq.numerics import WIDE_MAX
 from tvm_vitq.ops import attrs, op_name, shape_of
@@ -45,20 +44,26 @@ def _round_multiply(value: Expr, multiplier: Expr) -> Expr:
     return round_to_int32(clip(tirx.Cast("float32", value) * multiplier, -WIDE_MAX, WIDE_MAX, "float32"))
 
 
-def _round_shift(value: Expr, shift: int) -> Expr:
+def _round_shift(value: Expr, shift: Expr) -> Expr:
     """Half up; in 64 bits, as the sum with the half could leave int32."""
-    wide = tirx.Cast("int64", value)
-    half = tirx.const(1 << (shift - 1) if shift > 0 else 0, "int64")
-    return tirx.Cast("int32", clip((wide + half) >> tirx.const(shift, "int64"), -WIDE_MAX, WIDE_MAX, "int64"))
+    wide, one, zero = tirx.Cast("int64", value), tirx.const(1, "int64"), tirx.const(0, "int64")
+    half = tirx.Select(shift > zero, one << tirx.max(shift - one, zero), zero)
+    return tirx.Cast("int32", clip((wide + half) >> shift, -WIDE_MAX, WIDE_MAX, "int64"))
+
+
+def _shift(multiplier: Operand, index: tuple[Expr, ...]) -> Expr:
+    """s of multipliers 2**-s: 127 less the exponent in the bits of a float32."""
+    if not isinstance(multiplier, te.Tensor):
+        return tirx.const(int(-np.log2(multiplier)), "int64")
+    bits = tirx.reinterpret("int32", _at(multiplier, index, "float32"))
+    return tirx.Cast("int64", tirx.const(127, "int32") - (bits >> tirx.const(23, "int32")))
 
 
 def _requantized(
     value: Expr, multiplier: Operand, zero: Operand, info: dict[str, Any], index: tuple[Expr, ...]
 ) -> Expr:
     if info.get("kind") == "shift":
-        if isinstance(multiplier, te.Tensor):
-            raise VitqError("shift requantization of single tensors takes one shift", where=info.get("site"))
-        rounded = _round_shift(value, int(-np.log2(multiplier)))
+        rounded = _round_shift(value, _shift(multiplier, index))
     else:
         rounded = _round_multiply(value, _at(multiplier, index, "float32"))
     shifted = rounded + _at(zero, index, "int32")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from tvm_vitq.library_format import LOAD
 from tvm_vitq.numerics import Array, Multiples, Output, Partial, inner_scales
 from tvm_vitq.numerics_groups import GroupQuantizers
 from tvm_vitq.ops import attrs, dtype_of, op_name, probabilities_of, shape_of
+from tvm_vitq.relax_passes.attention_expressions import ATTENTION_EXPRESSIONS
 from tvm_vitq.relax_passes.lower_elementwise import EXPRESSIONS, operands
 from tvm_vitq.relax_passes.rewriter import Rewriter, constant
 from tvm_vitq.schedules.attention import Attention, View
@@ -113,6 +115,7 @@ class _Lowering(Rewriter):
             "vitq.int_layer_norm": self.layer_norm,
             "vitq.fused_attention": self.attention,
             **{name: self.elementwise for name in EXPRESSIONS},
+            **{name: self.attention_part for name in ATTENTION_EXPRESSIONS},
         }
 
     def module(self, mod: tvm.IRModule) -> tvm.IRModule:
@@ -297,6 +300,10 @@ class _Lowering(Rewriter):
     def elementwise(self, node: Call, info: dict[str, Any]) -> Expr:
         tensors, expression = operands(node)
         return self._block.call_te(expression, *tensors, primfunc_name_hint=op_name(node).replace(".", "_"))
+
+    def attention_part(self, node: Call, info: dict[str, Any]) -> Expr:
+        expression = partial(ATTENTION_EXPRESSIONS[op_name(node)], info)
+        return self._block.call_te(expression, *node.args, primfunc_name_hint=op_name(node).replace(".", "_"))
 
 
 def _groups(inner: Partial | Multiples) -> int:

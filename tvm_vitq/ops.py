@@ -170,6 +170,10 @@ def _binary(node: relax.Call) -> tuple[Shape, str]:
     return [max(x, y) for x, y in zip(a, b, strict=True)], attrs(node)["out_dtype"]
 
 
+def _scores(node: relax.Call) -> tuple[Shape, str]:
+    return [int(size) for size in attrs(node)["shape"]], "int32"
+
+
 # Canonical float operators
 _register("vitq.linear", "x @ weight.T + bias", ["x", "weight", "bias"], _linear)
 _register("vitq.layer_norm", "LayerNorm over the last axis", ["x", "gamma", "beta"], _layer_norm)
@@ -191,6 +195,12 @@ _register("vitq.int_multiply", "a * b, requantized", ["a", "b"], _binary)
 _register("vitq.int_layer_norm", "integer LayerNorm, requantized", ["x", "gain", "offset"], _layer_norm)
 _register("vitq.int_attention", "integer attention", ["q", "k", "v"], _attention)
 _register("vitq.int_mean", "integer mean", ["x"], _mean)
+
+# Attention between its matrix products, where these are another machine's; made by offload_vta
+_register("vitq.int_scores", "base-2 scores of q @ k.T", ["acc", "codes", "multiplier"], _scores)
+_register("vitq.int_probabilities", "codes of probabilities of scores", ["t"], _converted)
+_register("vitq.int_byte", "a byte of codes", ["p"], _converted)
+_register("vitq.int_values", "p @ v, requantized", ["acc", "p", "codes"], _converted)
 
 # Integer operators as one kernel runs them, made by fuse_epilogues and fuse_views
 _register(

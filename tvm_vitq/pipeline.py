@@ -41,14 +41,18 @@ def realize_passes(plan: QuantPlan) -> list[tuple[str, Pass]]:
 
 
 def lower_passes(
-    profile: TargetProfile, choose: Choose = default_schedule, packed: bool = True
+    profile: TargetProfile,
+    choose: Choose = default_schedule,
+    packed: bool = True,
+    offload: Pass | None = None,
 ) -> list[tuple[str, Pass]]:
     """From the integer graph to kernels of one target, each under the schedule that `choose` gives it; see
-    `lower_kernels`.
+    `lower_kernels`. `offload` hands a part of the graph to another machine.
     """
     return [
         ("decompose_canonical", decompose_canonical()),  # what realize left in float
         ("channels_last", channels_last),
+        *([("offload_views", fuse_views), ("offload", offload)] if offload else []),
         ("fuse_epilogues", fuse_epilogues),
         ("fuse_views", fuse_views),
         ("lower_kernels", lambda mod: lower_kernels(mod, profile, choose, packed)),
