@@ -127,6 +127,7 @@ def test_additions_of_any_rank():
 
 
 def test_far_names_are_not_suggested():
+    assert nearest("deit_tinny", ["rdnet_tiny", "deit_tiny_patch16_224"]).startswith("deit_tiny_patch16_224")
     assert nearest("nonsense", ["bonnell", "senet154"]) == ""
 
 

@@ -11,6 +11,10 @@ _TEXT = re.compile(
 )
 
 
+CLOSE = 0.6
+"""Least likeness of a name that is worth suggesting, 0 to 1."""
+
+
 class VitqError(Exception):
     """A user's mistake or a limit of the tool, told so that the user can act on it.
 
@@ -43,5 +47,13 @@ class VitqError(Exception):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The known names most like `name`, as text for an error message; empty if none is close."""
-    return ", ".join(difflib.get_close_matches(name, list(known), n=count, cutoff=0.6))
+    """The known names most like `name`, as text for an error message; empty if none is close. The beginning of
+    a longer name counts as much as a whole one.
+    """
+
+    def likeness(other: str) -> float:
+        parts = (other, other[: len(name)])
+        return max(difflib.SequenceMatcher(None, name, part).ratio() for part in parts)
+
+    close = sorted((-likeness(other), len(other), other) for other in known)
+    return ", ".join(other for score, _, other in close[:count] if -score >= CLOSE)
