@@ -47,8 +47,8 @@ class VitqError(Exception):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The known names most like `name`, as text for an error message; empty if none is close. The beginning of
-    a longer name counts as much as a whole one.
+    """The known names most like `name`, as text for an error message; empty if none is close. The beginning
+    of a longer name counts as much as a whole one.
     """
 
     def likeness(other: str) -> float:
