@@ -10,8 +10,8 @@ would cross into the next word starts there. Widths of indices come from the con
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -329,8 +329,3 @@ def no_op(stage_: Stage, **flags: bool) -> Transfer:
     return kind(
         memory={Stage.LOAD: Memory.INP, Stage.COMPUTE: Memory.UOP, Stage.STORE: Memory.OUT}[stage_], **flags
     )
-
-
-def field_names(kind: type[Instruction]) -> Sequence[str]:
-    """Names of an instruction's values, tokens first."""
-    return [field.name for field in fields(kind)]
