@@ -7,7 +7,7 @@ chain: all edges are compared, ``p = values[0] + sum_i (y < edges[i] ? values[i 
     or three instructions each for as many lanes as a register has.
 blocks: where an instruction picks lanes by variable positions, and no more than one edge lies inside any of
     32 blocks of distances: y picks its edge, and p above and below it.
-lines: where an instruction picks lanes, see codebook_lines.py: y picks the line of its block, the line a
+lines: where an instruction picks lanes, see codebook_lines.py: y picks the line of its piece, the line a
     guess, the guess an edge to compare with, and the code p.
 buckets: y reads how many edges lie above the 2**BUCKET_BITS distances around it, one lane after the other,
     and is compared with those that may lie among these.
@@ -55,13 +55,19 @@ HALF = 2**15
 class Form:
     """Of a kernel's lookup: a `kind` and the number of comparisons for each distance.
 
-    blocks, entries : of "lines", the lengths of its tables.
+    blocks, pieces, entries : of "lines", the lengths of its tables.
     """
 
     kind: str
     comparisons: int
     blocks: int = 0
+    pieces: int = 0
     entries: int = 0
+
+    @property
+    def cut(self) -> bool:
+        """Whether there are pieces of blocks."""
+        return self.pieces > self.blocks
 
     @staticmethod
     def of(probs: Probabilities, permutes: bool) -> Form:
@@ -72,14 +78,15 @@ class Form:
             return Form("blocks", 1)
         if permutes and (found := lines(probs.edges)) is not None:
             entries = max(2 * LANES, 1 << len(probs.edges).bit_length())
-            return Form("lines", found.comparisons, found.blocks, entries)
+            blocks = len(found.base) if found.first is None else len(found.first)
+            return Form("lines", 1, blocks, len(found.base), entries)
         if len(probs.edges) <= CHAIN:
             return Form("chain", packing.padded(len(probs.edges), UNROLLED))
         return Form("buckets", int(np.bincount(probs.edges - 1 >> BUCKET_BITS).max()))
 
     @property
     def name(self) -> str:
-        tables = f"x{self.blocks}x{self.entries}" if self.kind == "lines" else ""
+        tables = f"x{self.blocks}x{self.pieces}x{self.entries}" if self.kind == "lines" else ""
         return f"{self.kind}{self.comparisons}{tables}"
 
     def arguments(self) -> list[Argument]:
@@ -87,18 +94,26 @@ class Form:
         lengths = {
             "chain": {"edges": self.comparisons, "values": self.comparisons + 1},
             "blocks": {"edges": LANES * 2, "values": LANES * 4},
-            "lines": dict(edges=self.entries, values=self.entries, base=self.blocks, slope=self.blocks),
+            "lines": {
+                "edges": self.entries,
+                "values": self.entries,
+                "base": self.pieces,
+                "slope": self.pieces,
+            },
             "buckets": {"edges": MOST, "values": MOST, "buckets": len(LAST)},
         }[self.kind]
+        if self.cut:
+            lengths |= {"origin": 1, "first": self.blocks, "cuts": self.blocks}
         return [
-            Argument(name, (size,), "int16" if name == "edges" else "uint16", "constant")
+            Argument(name, (size,), "int16" if name in ("edges", "origin") else "uint16", "constant")
             for name, size in lengths.items()
         ]
 
     def pack(self, probs: Probabilities) -> list[Array]:
         """chain: edges, and values[0] with the differences. blocks: edge of each block, p not below and below
         it; blocks in the order of the upper bits of int16 distances. buckets: edges, values, and the code
-        of the last distance of each bucket. lines: edges, values, base, slope; blocks in the same order.
+        of the last distance of each bucket. lines: edges, values and those of codebook_lines.Lines,
+        blocks of whole distances in the same order.
         """
         assert probs.edges is not None and probs.values is not None  # by construction in realize
         edges, *rest = (np.zeros(a.shape, a.dtype) for a in self.arguments())
@@ -120,7 +135,13 @@ class Form:
         else:
             found = lines(probs.edges)
             assert found is not None  # by `of`
-            rest[1][:], rest[2][:] = (np.roll(a, self.blocks // 2) for a in (found.base, found.slope))
+            tables = [found.base, found.slope]
+            if self.cut:
+                tables += [np.array([found.origin - HALF]), found.first, found.cuts]
+            else:
+                tables = [np.roll(a, self.blocks // 2) for a in tables]
+            for given, table in zip(rest[1:], tables, strict=True):
+                given[:] = table
         return [edges, *rest]
 
 
@@ -142,6 +163,8 @@ class Lookup:
         elif form.kind == "blocks":
             parts = (("edges", 0), ("values", 0), ("values", self.lanes))
             self.tables = [tir.let(tir.load(buffers[name], at, self.lanes)) for name, at in parts]
+        elif form.cut:
+            self.origin = self._splat("origin", 0)
         elif form.kind == "buckets":
             self.distances, self.found = (tir.scratch(self.lanes, t) for t in ("int16", "uint16"))
 
@@ -173,14 +196,22 @@ class Lookup:
 
     def _lines(self, y: Expr) -> Expr:
         bits = 16 - (self.form.blocks.bit_length() - 1)
-        block = tir.let(tir.reinterpret(y >> tir.constant(bits, "int16", self.lanes), self._type("uint16")))
-        position = tir.reinterpret(y << tir.constant(16 - bits, "int16", self.lanes), self._type("uint16"))
-        base, slope = (self._entry(name, block) for name in ("base", "slope"))
-        fraction = tir.constant(FRACTION, "uint16", self.lanes)
-        code = tir.let((base - tir.multiply_high(tir.let(position), slope, self.lanes)) >> fraction)
+        unsigned = self._type("uint16")
+        if self.form.cut:
+            at = tir.let(tir.reinterpret(tir.maximum(y, self.origin) - self.origin, unsigned))
+        else:
+            at = tir.reinterpret(y, unsigned)
+        piece = tir.let(at >> tir.constant(bits, "uint16", self.lanes))
+        f = at << tir.constant(16 - bits, "uint16", self.lanes)
+        if self.form.cut:
+            f, cuts, first = tir.let(f), self._entry("cuts", piece), self._entry("first", piece)
+            piece = tir.let(first + tir.multiply_high(f, cuts, self.lanes))
+            f = tir.let(f * cuts)
+        base, slope = (self._entry(name, piece) for name in ("base", "slope"))
+        fall = tir.multiply_high(tir.let(f), slope, self.lanes)
+        code = tir.let((base - fall) >> tir.constant(FRACTION, "uint16", self.lanes))
         zero, one = (tir.constant(c, "uint16", self.lanes) for c in (0, 1))
-        for _ in range(self.form.comparisons):
-            code = tir.let(code + tir.select(y < self._entry("edges", code), one, zero))
+        code = tir.let(code + tir.select(y < self._entry("edges", code), one, zero))
         return self._entry("values", code)
 
     def _entry(self, name: str, index: Expr) -> Expr:
@@ -197,13 +228,21 @@ class Lookup:
         while len(found) > 1:
             some = index & tir.constant(bit, "uint16", self.lanes)
             upper = tir.let(some) > tir.constant(0, "uint16", self.lanes)
-            found = [tir.let(tir.select(upper, b, a)) for a, b in zip(found[::2], found[1::2], strict=True)]
+            found = [
+                self._opaque(tir.select(upper, b, a), dtype)
+                for a, b in zip(found[::2], found[1::2], strict=True)
+            ]
             bit *= 2
-        # Through memory, from where LLVM takes it into a register again: TVM's simplifier needs time that is
-        # exponential in the number of selections that an expression nests.
-        entry = tir.scratch(self.lanes, str(buffer.dtype))
-        tir.store(entry, found[0], 0, self.lanes)
-        return tir.let(tir.load(entry, 0, self.lanes))
+        return self._opaque(found[0], dtype)
+
+    def _opaque(self, value: Expr, dtype: str) -> Expr:
+        """`value` through memory, from where LLVM takes it into a register again: TVM's simplifier needs time
+        that is exponential in the number of comparisons that an expression nests.
+        """
+        element, _, lanes = dtype.partition("x")
+        memory = tir.scratch(int(lanes or 1), element)
+        tir.store(memory, value, 0, int(lanes or 1))
+        return tir.let(tir.load(memory, 0, int(lanes or 1)))
 
     def _type(self, dtype: str) -> str:
         return f"{dtype}x{self.lanes}"
@@ -216,7 +255,7 @@ class Lookup:
             code = tir.let(tir.cast(tir.load(self.b["buckets"], bucket, 1), "int32", 1))
             for _ in range(self.form.comparisons):
                 edge = tir.cast(tir.load(self.b["edges"], code, 1), "int32", 1)
-                code = tir.let(code + tir.cast(one < edge, "int32", 1))
+                code = self._opaque(code + tir.cast(one < edge, "int32", 1), "int32")
             tir.store(self.found, tir.load(self.b["values"], code, 1), i, 1)
         return tir.load(self.found, 0, self.lanes)
 

@@ -1,4 +1,4 @@
-"""Guesses of codes: never above the code, and as near as the kernel's comparisons need."""
+"""Guesses of codes: never above the code, and at most one below it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DISTANCES = np.arange(DISTANCE_MAX + 1)
 CODECS = ("log2", "log_int_softmax", "log_sqrt2", "adalog", "tangent", "twin_uniform", "shift_uniform_log2")
 
 
-def published(codec: str, bits: int, **params: int) -> np.ndarray:
-    step = 1 / (2**bits - 1)
-    site = SiteQuantizer(bits, [step], [0], codec, params={"grid": PROBABILITY_GRID, **params})
+def published(codec: str, bits: int, scale: float | None = None, **params: float) -> np.ndarray:
+    scale = scale or 1 / (2**bits - 1)
+    site = SiteQuantizer(bits, [scale], [0], codec, params={"grid": PROBABILITY_GRID, **params})
     edges = site_probabilities("softmax", site, 197, codec)[0].edges
     assert edges is not None
     return edges
@@ -30,22 +30,25 @@ def within(edges: np.ndarray) -> bool:
     guesses = found.guesses(DISTANCES)
     assert found.base.max() < 2**16 and found.slope.max() < 2**16
     assert guesses.min() >= 0
-    return bool(((guesses <= codes) & (guesses >= codes - found.comparisons)).all())
+    return bool(((guesses <= codes) & (guesses >= codes - 1)).all())
 
 
 @pytest.mark.parametrize("bits", [3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("codec", CODECS)
 def test_guesses_of_published_quantizers(codec, bits):
     edges = published(codec, bits)
-    if codec == "tangent" and bits >= 7:
-        assert lines(edges) is None  # too curved: of 8 bits, 94 edges lie in a 32nd of the distances
-    else:
-        assert within(edges)
+    assert within(edges)
 
 
 @pytest.mark.parametrize("base", [3, 8, 20, 37, 74, 148])
 def test_guesses_of_adaptive_logarithms(base):
     assert within(published("adalog", 8, base=base))
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 2.0, 2.7, 2.9, 3.0, 3.1])
+@pytest.mark.parametrize("largest", [1.0, 0.3, 0.009])
+def test_guesses_of_tangents(alpha, largest):
+    assert within(published("tangent", 8, largest, alpha=alpha))
 
 
 def test_few_edges_anywhere_are_near_a_line():
@@ -57,7 +60,8 @@ def test_few_edges_anywhere_are_near_a_line():
 
 def test_no_lines_for_crowds_and_long_books():
     rng = np.random.default_rng(0)
-    assert lines(np.sort(rng.permutation(DISTANCE_MAX)[:200])[::-1]) is None
+    crowds = 1024 * rng.permutation(64)[:20, None] + 500 + np.arange(10)
+    assert lines(np.sort(crowds.ravel())[::-1]) is None
     assert lines(256 * np.arange(256)[::-1]) is None
 
 

@@ -51,9 +51,10 @@ def spaced(step: int, first: int, probs: Probabilities) -> Probabilities:
     return replace(probs, edges=(first + step * np.arange(len(probs.edges))[::-1]).astype(np.int32))
 
 
-def published(codec: str, bits: int) -> Probabilities:
+def published(codec: str, bits: int, scale: float | None = None, **params: float) -> Probabilities:
     """The book of a published quantizer of probabilities."""
-    site = SiteQuantizer(bits, [1 / (2**bits - 1)], [0], codec, params={"grid": PROBABILITY_GRID})
+    scale = scale or 1 / (2**bits - 1)
+    site = SiteQuantizer(bits, [scale], [0], codec, params={"grid": PROBABILITY_GRID, **params})
     return site_probabilities("softmax", site, 50, codec)[0]
 
 
@@ -75,6 +76,9 @@ BOOKS = {
     "100_levels": ((1, 2, 33, 33, 16, 16), spaced(611, 5000, book(100, 33, 255)), {"spread": 8.0}),
     "256_levels": ((1, 2, 33, 33, 16, 16), spaced(256, 1, book(256, 33, relative=True)), {"spread": 8.0}),
     "tangent": ((1, 1, 50, 50, 16, 16), published("tangent", 6), {"spread": 8.0}),
+    "tangent_8": ((1, 1, 50, 50, 16, 16), published("tangent", 8, scale=1, alpha=2.7), {"spread": 8.0}),
+    "tangent_8_steep": ((1, 1, 50, 50, 16, 16), published("tangent", 8, scale=1, alpha=2.9), {"spread": 8.0}),
+    "tangent_8_steepest": ((1, 1, 50, 50, 16, 16), published("tangent", 8, scale=1, alpha=3.1), {"spread": 8.0}),
     "twin_uniform": ((1, 1, 50, 50, 16, 16), published("twin_uniform", 8), {"spread": 8.0}),
     "crowd": ((1, 1, 9, 9, 16, 16), spaced(1, 12981, book(8, 9)), {}),
     "511_keys": ((1, 1, 5, 511, 16, 16), book(16, 511, least=9), {}),
@@ -101,7 +105,8 @@ def test_codebooks_equal_numerics(isa, name):
 
 def test_every_form_of_lookup_is_tried():
     forms = {Form.of(probs, True).name for _, probs, _ in BOOKS.values()}
-    assert {"blocks1", "lines1x32x64", "lines2x64x64", "lines1x64x256", "chain8", "buckets2"} <= forms
+    lines = {f"lines1x{t}" for t in ("32x32x64", "64x64x256", "32x64x256", "32x128x256", "32x256x256")}
+    assert lines | {"blocks1", "chain8", "buckets4"} <= forms, forms
     assert {Form.of(probs, False).kind for _, probs, _ in BOOKS.values()} == {"chain", "buckets"}
 
 
