@@ -78,7 +78,7 @@ BOOKS = {
     "tangent": ((1, 1, 50, 50, 16, 16), published("tangent", 6), {"spread": 8.0}),
     "tangent_8": ((1, 1, 50, 50, 16, 16), published("tangent", 8, scale=1, alpha=2.7), {"spread": 8.0}),
     "tangent_8_steep": ((1, 1, 50, 50, 16, 16), published("tangent", 8, scale=1, alpha=2.9), {"spread": 8.0}),
-    "tangent_8_steepest": ((1, 1, 50, 50, 16, 16), published("tangent", 8, scale=1, alpha=3.1), {"spread": 8.0}),
+    "tangent_8_pole": ((1, 1, 50, 50, 16, 16), published("tangent", 8, scale=1, alpha=3.1), {"spread": 8.0}),
     "twin_uniform": ((1, 1, 50, 50, 16, 16), published("twin_uniform", 8), {"spread": 8.0}),
     "crowd": ((1, 1, 9, 9, 16, 16), spaced(1, 12981, book(8, 9)), {}),
     "511_keys": ((1, 1, 5, 511, 16, 16), book(16, 511, least=9), {}),
