@@ -25,11 +25,9 @@ from tvm_vitq.relax_passes.attention_expressions import BYTE_OFFSET
 from tvm_vitq.relax_passes.rewriter import Rewriter, constant
 from tvm_vitq.vta.attention import Heads, scores_launch, values_launch
 from tvm_vitq.vta.config import VtaConfig
+from tvm_vitq.vta.host import LAUNCH
 from tvm_vitq.vta.linear import LARGEST_SUM, Conversion, conversion, linear_launch
 from tvm_vitq.vta.program import Launch, Program
-
-LAUNCH = "vitq.vta.launch"
-"""The packed function that runs a launch: its number, inputs, results."""
 
 
 class Offload:

@@ -40,7 +40,7 @@ def two_launches() -> Program:
             outs, tile = out.matrices(0, 16), Tile(1, 2, right.columns)
             Product(assembler, left.matrices(0, 16), right, outs, epilogue, tile, 40, name).emit()
         inputs = [x] if name == "first" else []
-        launches[name] = Launch(assembler.finish(), inputs, [out for out, _ in made])
+        launches[name] = Launch(assembler.finish(), inputs, [out for out, _ in made], 0)
     return Program(CONFIG, launches)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import zipfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tvm_vitq.errors import VitqError
+from tvm_vitq.errors import VitqError, nearest
 
 if TYPE_CHECKING:
     from tvm_vitq.plan import QuantPlan
@@ -118,6 +119,38 @@ def plan_of(path: str | os.PathLike[str]) -> QuantPlan:
             fix="give the quantized model that it was made from",
         )
     return _plan(path) if kind == "plan" else _model(path).plan
+
+
+def vta_listing(path: str | os.PathLike[str], launch: str | None = None) -> tuple[dict[str, Any], str]:
+    """The streams of a library for VTA, as plain data (lines by launch) and as text.
+
+    Parameters
+    ----------
+    launch : pattern of the launches listed; None: all.
+
+    Raises
+    ------
+    VitqError : as `open_artifact`; another kind of file, a library without VTA, no such launch.
+    """
+    from tvm_vitq.vta.listing import stream_listing
+
+    kind = kind_of(path)
+    program = _library(path).program if kind == "library" else None
+    if program is None:
+        raise VitqError(
+            "nothing here runs on VTA",
+            where=path,
+            got=f"a {kind}" if kind != "library" else "a library for another target",
+            expected='a library that was built for "vta"',
+        )
+    chosen = [name for name in program.launches if launch is None or fnmatchcase(name, launch)]
+    if not chosen:
+        raise VitqError(
+            "no such launch", where=path, got=launch, expected=nearest(launch or "", program.launches)
+        )
+    listed = {name: list(stream_listing(program.launches[name].stream)) for name in chosen}
+    text = "\n".join("\n".join([f"{name}:", *lines]) for name, lines in listed.items())
+    return {"file": str(path), "launches": listed}, text
 
 
 def describe(path: str | os.PathLike[str], site: str | None = None) -> tuple[dict[str, Any], str]:

@@ -15,8 +15,10 @@ from tvm_vitq.errors import VitqError
 from tvm_vitq.library_format import LibraryInfo
 from tvm_vitq.pipeline import lower_passes, run_passes
 from tvm_vitq.quantized_model import QuantizedModel
+from tvm_vitq.relax_passes.offload_vta import Offload
 from tvm_vitq.render import kernels_text
 from tvm_vitq.report import assembly, build_report
+from tvm_vitq.vta.report import vta_report
 from tvm_vitq.runtime import Library
 from tvm_vitq.targets import TargetProfile, parse
 from tvm_vitq.tuning.apply import TunedSchedules, find_runs
@@ -35,12 +37,16 @@ def compile_library(
     check_weights(weights)
     profile = parse(target)
     schedules = TunedSchedules(find_runs(profile, tuning_logs), profile.threads)
+    offload = Offload(profile.vta) if profile.vta else None
     start = time.perf_counter()
     with profile.target:
-        lowered = run_passes(quantized.mod, lower_passes(profile, schedules, weights == "packed"), first=1)
+        passes = lower_passes(profile, schedules, weights == "packed", offload)
+        lowered = run_passes(quantized.mod, passes, first=1)
     executable = relax.build(lowered, target=profile.target, relax_pipeline=_after_kernels())
     seconds = time.perf_counter() - start
     report = build_report(quantized, lowered, executable, profile, seconds, schedules)
+    if offload:
+        report |= vta_report(offload.program, offload.notes)
     _show(profile, lowered, executable, report)
     info = LibraryInfo(
         model=quantized.name,
@@ -52,7 +58,7 @@ def compile_library(
         versions=versions(),
         report=report,
     )
-    return Library(info, executable=executable)
+    return Library(info, executable=executable, program=offload.program if offload else None)
 
 
 def check_weights(weights: str) -> None:

@@ -1,9 +1,9 @@
 """The file format of compiled libraries: one ELF shared object that says about itself what it is.
 
-    [ELF shared object][metadata: JSON, UTF-8][trailer, 32 bytes]
+    [ELF shared object][program of VTA][metadata: JSON, UTF-8][trailer, 32 bytes]
 
     trailer, little endian:
-    u64 bytes of ELF | u64 bytes of JSON | u32 CRC-32 of both | u32 version | b"VITQLIB\\0"
+    u64 bytes of ELF and program | u64 bytes of JSON | u32 CRC-32 of both | u32 version | b"VITQLIB\\0"
 
 The dynamic loader maps only what the ELF headers name, so it never sees the tail; metadata can be read, and
 a library for another machine refused, before a single instruction of it is loaded. `runtime/metadata.h` is
@@ -18,7 +18,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,6 +51,7 @@ class LibraryInfo:
     preprocessing : mean, std, crop and so on as timm spells them, None if unknown.
     versions : package name -> version at build time.
     report : the build report as plain data.
+    program_at, program_bytes : where in the file VTA's program is; 0 bytes if there is none.
     """
 
     model: str
@@ -61,6 +62,8 @@ class LibraryInfo:
     preprocessing: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
+    program_at: int = 0
+    program_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; ELF machine number and dtype are written out for readers in other languages."""
@@ -75,8 +78,12 @@ class LibraryInfo:
         return cls(**own)
 
 
-def write(path: str | os.PathLike[str], shared_object: Path, info: LibraryInfo) -> None:
+def write(path: str | os.PathLike[str], shared_object: Path, info: LibraryInfo, program: bytes = b"") -> None:
     """Writes a library file, whole or not at all.
+
+    Parameters
+    ----------
+    program : of VTA, see vta/program.py.
 
     Raises
     ------
@@ -84,6 +91,8 @@ def write(path: str | os.PathLike[str], shared_object: Path, info: LibraryInfo) 
     """
     with written_whole(path) as part, part.open("wb") as out, shared_object.open("rb") as elf:
         shutil.copyfileobj(elf, out, 1 << 20)
+        info = replace(info, program_at=out.tell(), program_bytes=len(program))
+        out.write(program)
         elf_bytes = out.tell()
         text = json.dumps(info.to_json(), ensure_ascii=False, sort_keys=True).encode()
         out.write(text)
@@ -108,6 +117,19 @@ def read(path: str | os.PathLike[str]) -> LibraryInfo:
         raise VitqError(
             "cannot read the library", where=file, got=error.strerror, fix="check the path"
         ) from error
+
+
+def read_program(path: str | os.PathLike[str]) -> bytes:
+    """The program of VTA in a library file; none is empty.
+
+    Raises
+    ------
+    VitqError : as `read` does.
+    """
+    info = read(path)
+    with Path(path).open("rb") as stream:
+        stream.seek(info.program_at)
+        return stream.read(info.program_bytes)
 
 
 def _read(file: Path, stream: BinaryIO) -> LibraryInfo:

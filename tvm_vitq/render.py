@@ -74,7 +74,7 @@ def report_text(report: Mapping[str, Any]) -> str:
         head["written"] = report["output"]
     if "file_bytes" in report:
         head["file size"] = size(report["file_bytes"])
-    parts = [fields(head), kernels_text(report.get("kernels", ()))]
+    parts = [fields(head), kernels_text(report.get("kernels", ())), *vta_texts(report.get("vta"))]
     parts += [f"warning: {warning}" for warning in report["warnings"]]
     return "\n".join(part for part in parts if part)
 
@@ -88,6 +88,34 @@ def kernels_text(kernels: Sequence[Mapping[str, Any]]) -> str:
         for k in kernels
     ]
     return table(("kernel", "calls", "M MACs", "instruction", "schedule"), rows)
+
+
+def vta_texts(vta: Mapping[str, Any] | None) -> list[str]:
+    """Launches of VTA: cycles, share of them in which the multipliers do what the model asks for, and in which
+    each stage works, bytes of device memory; and what stays on the host.
+    """
+    if vta is None:
+        return []
+    head = {
+        "VTA": f"{vta['config']['TARGET']} {vta['name']}, {len(vta['launches'])} launches",
+        "cycles": f"{vta['cycles']} by the cycle model: {vta['milliseconds']:.3f} ms at {vta['megahertz']} MHz",
+        "utilization": f"{100 * vta['utilization']:.1f} % of the multipliers",
+    }
+    rows = [
+        (
+            row["name"],
+            f"{row['macs'] / 1e6:.2f}",
+            row["cycles"],
+            f"{100 * row['utilization']:.1f} %",
+            *(f"{100 * row['busy'][stage]:.0f} %" for stage in ("load", "compute", "store")),
+            size(sum(row["read"].values())),
+            size(row["written"]),
+        )
+        for row in vta["launches"]
+    ]
+    headers = ("launch", "M MACs", "cycles", "utilization", "load", "compute", "store", "read", "written")
+    kept = [f"on the host: {layer}: {reason}" for layer, reason in vta["on_host"].items()]
+    return [fields(head), table(headers, rows), *kept]
 
 
 def tuning_text(found: Mapping[str, Any]) -> str:

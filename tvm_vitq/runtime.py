@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ import numpy as np
 from tvm_vitq import cpu, ffi, library_format, linker, settings
 from tvm_vitq.errors import VitqError
 from tvm_vitq.library_format import LOAD, LibraryInfo
+from tvm_vitq.vta import host
+from tvm_vitq.vta.program import Program
 
 ALIGNMENT = 64
 """Bytes: TVM's vector loads assume it of every tensor (kAllocAlignment), NumPy promises only 16."""
@@ -56,6 +59,7 @@ class Library:
     info : model, target, shapes and versions (`LibraryInfo`).
     report : the build report, plain data.
     executable : the `tvm.relax.VMExecutable` of a freshly compiled library, None of a loaded one.
+    program : the launches of VTA, None without it.
     num_threads : threads per call; 0 leaves it to VITQ_NUM_THREADS, then to the target's -num-cores, then
         takes one per usable core. May be assigned at any time. Results do not depend on it.
     """
@@ -66,6 +70,7 @@ class Library:
         *,
         file: Path | None = None,
         executable: Any = None,
+        program: Program | None = None,
         num_threads: int = 0,
     ) -> None:
         if (file is None) == (executable is None):
@@ -74,6 +79,8 @@ class Library:
         self.executable = executable
         self.num_threads = _checked_threads(num_threads)
         self._file = file
+        self._program = program
+        self._accelerator: host.Accelerator | None = None
         self._main: Callable[[Any], Any] | None = None
         self._vm: Any = None
         self._lock = threading.RLock()
@@ -82,6 +89,13 @@ class Library:
     def report(self) -> Mapping[str, Any]:
         """The build report: integer coverage, kernels, sizes, warnings."""
         return self.info.report
+
+    @property
+    def program(self) -> Program | None:
+        """The launches of VTA, read now if they were not yet; None without it."""
+        if self._program is None and self.info.target.vta and self._file is not None:
+            self._program = Program.from_bytes(library_format.read_program(self._file), self._file)
+        return self._program
 
     def __call__(self, x: Any) -> np.ndarray:
         """Logits of a batch.
@@ -301,7 +315,8 @@ class Library:
                 # A finalizer rather than __del__: it also runs when the interpreter exits.
                 weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
                 linker.export(self.executable, folder / "bare.so")
-                library_format.write(folder / "library.so", folder / "bare.so", self.info)
+                launches = b"" if self._program is None else self._program.to_bytes()
+                library_format.write(folder / "library.so", folder / "bare.so", self.info, launches)
                 (folder / "bare.so").unlink()
             except OSError as error:
                 raise VitqError(
@@ -318,11 +333,30 @@ class Library:
         if self._main is None:
             library_format.check_runs_here(self.info, self.info.model if self.executable else self._file)
             module = ffi.runtime().load_module(str(self._linked().resolve()))
+            running = self._attached()
             self._vm = module["vm_load_executable"]()
             self._vm["vm_initialization"](_CPU, 0, _POOLED)
             main, weights = self._vm["main"], self._load_weights()
-            self._main = main if not weights else lambda x: main(x, *weights)
+
+            def call(x: Any) -> Any:
+                with running():
+                    return main(x, *weights)
+
+            self._main = call
         return self._main
+
+    def _attached(self) -> Callable[[], AbstractContextManager[None]]:
+        """What a call runs in: VTA's launches go to the machine of this library, attached now if it was not
+        yet.
+        """
+        program = self.program
+        if program is None:
+            return nullcontext
+        if self._accelerator is None:
+            driver = settings.VTA_DRIVER.value or self.info.target.driver
+            self._accelerator = host.Accelerator(program, driver)
+        host.register()
+        return self._accelerator.running
 
     def _load_weights(self) -> list[Any]:
         """What `main` takes behind its input: weights that were unpacked for this process."""

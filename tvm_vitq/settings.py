@@ -57,6 +57,12 @@ SPIN = Setting(
     "how often an idle thread of TVM offers its core to others before it sleeps; TVM's 300000 block programs "
     "that end, where others use the core, for minutes",
 )
+VTA_DRIVER = Setting(
+    "VITQ_VTA_DRIVER",
+    "",
+    "shared library with VTA's C interface that runs what was compiled for VTA; default: -driver of the target, "
+    "else the simulator",
+)
 CACHE = Setting("VITQ_CACHE", "", "folder for downloads that can be made again; default ~/.cache/tvm-vitq")
 
-ALL: tuple[Setting, ...] = (DEBUG, DUMP, VERIFY, THREADS, BIND, SPIN, CACHE)
+ALL: tuple[Setting, ...] = (DEBUG, DUMP, VERIFY, THREADS, BIND, SPIN, VTA_DRIVER, CACHE)

@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     import tvm
 
 HOST_ALIASES = ("llvm", "native", "host")
-NOT_YET = ("cuda", "nvptx", "vta", "ext_dev")
+KINDS = ("llvm", "vta")
+NOT_YET = ("cuda", "nvptx", "ext_dev")
 
 _USED = {"kind", "mtriple", "mcpu", "mattr", "num-cores"}
 # Written by TVM into every exported target, or descriptive; none changes the generated code.
 _DESCRIPTIVE = {"tag", "keys", "device", "model", "host"}
+_VTA = {"config", "driver"}
 
 
 def read(target: Any, aliases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The options of a CPU target: only names that the package knows, values as the user wrote them.
+    """The options of a target: only names that the package knows, values as the user wrote them. Those of a
+    CPU stand for the host where the kind is "vta".
 
     Parameters
     ----------
@@ -46,8 +49,8 @@ def read(target: Any, aliases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
             got=type(target).__name__,
             expected='a string such as "llvm", a dict, or a tvm.target.Target',
         )
-    if options.get("kind") != "llvm":
-        raise _unknown_kind(options.get("kind"), target, [*HOST_ALIASES, *aliases])
+    if options.get("kind") not in KINDS:
+        raise _unknown_kind(options.get("kind"), target, [*HOST_ALIASES, "vta", *aliases])
     _refuse_unknown_options(options)
     return options
 
@@ -134,7 +137,8 @@ def _malformed(text: str, part: str) -> VitqError:
 def _unknown_kind(kind: Any, target: Any, aliases: Sequence[str]) -> VitqError:
     if kind in NOT_YET:
         return VitqError(
-            f"target kind {kind!r} is not available yet: this version compiles for x86-64 and AArch64 CPUs",
+            f"target kind {kind!r} is not available yet: this version compiles for x86-64 and AArch64 CPUs, and "
+            "for VTA beside them",
             where="target",
             got=target,
             expected='"llvm ..." or one of ' + ", ".join(aliases),
@@ -157,13 +161,14 @@ def _refuse_unknown_options(options: Mapping[str, Any]) -> None:
                 got=f"-{name}",
                 fix="leave it out: the float steps that remain are exact and cost next to nothing",
             )
-        if name not in _USED | _DESCRIPTIVE:
-            near = nearest(name, _USED - {"kind"})
+        used = (_USED | _VTA if options["kind"] == "vta" else _USED) - {"kind"}
+        if name not in used | _DESCRIPTIVE | {"kind"}:
+            near = nearest(name, used)
             raise VitqError(
                 "unknown target option",
                 where="target",
                 got=f"-{name}",
-                expected=", ".join(f"-{known}" for known in sorted(_USED - {"kind"})),
+                expected=", ".join(f"-{known}" for known in sorted(used)),
                 fix=f"did you mean -{near}?" if near else None,
             )
 

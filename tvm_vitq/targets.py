@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tvm_vitq import cpu, target_text
 from tvm_vitq.errors import VitqError, nearest
+from tvm_vitq.vta.config import VtaConfig, config_from, read_config
 
 if TYPE_CHECKING:
     import tvm
@@ -107,6 +108,8 @@ class TargetProfile:
     triple, mcpu, mattr : what LLVM is told; mcpu may be empty.
     threads : `-num-cores`, 0 if not given (then TVM's thread pool decides at run time).
     features : flags of `/proc/cpuinfo` that the machine must have to run the code.
+    vta : the accelerator beside the CPU, which runs what is left over for it; None: there is none.
+    driver : the accelerator's shared library; empty: VITQ_VTA_DRIVER names it, or it is simulated.
     """
 
     isa: str
@@ -116,6 +119,8 @@ class TargetProfile:
     mattr: tuple[str, ...]
     threads: int
     features: tuple[str, ...]
+    vta: VtaConfig | None = None
+    driver: str = ""
 
     @property
     def arch(self) -> str:
@@ -146,7 +151,9 @@ class TargetProfile:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TargetProfile:
         """The inverse of `to_json`, from trusted data (whose reader has checked the file's version)."""
-        return cls(**{**data, "mattr": tuple(data["mattr"]), "features": tuple(data["features"])})
+        vta = data.get("vta") and VtaConfig(**data["vta"])
+        lists = {key: tuple(data[key]) for key in ("mattr", "features")}
+        return cls(**{**data, **lists, "vta": vta})
 
     def __str__(self) -> str:
         options = {
@@ -154,8 +161,10 @@ class TargetProfile:
             "mcpu": self.mcpu,
             "mattr": ",".join(self.mattr),
             "num-cores": self.threads,
+            "driver": self.driver,
         }
-        return " ".join(["llvm", *(f"-{name}={value}" for name, value in options.items() if value)])
+        kind = f"vta {self.vta.target} {self.vta.text}" if self.vta else "llvm"
+        return " ".join([kind, *(f"-{name}={value}" for name, value in options.items() if value)])
 
 
 def parse(target: str | Mapping[str, Any] | tvm.target.Target | TargetProfile) -> TargetProfile:
@@ -170,17 +179,33 @@ def parse(target: str | Mapping[str, Any] | tvm.target.Target | TargetProfile) -
           Without -mtriple this machine's architecture is meant; with any of -mtriple, -mcpu, -mattr the
           instructions are those named and the architecture's baseline, not this machine's;
         * the key of an instruction set: "x86-avx2", "aarch64-dotprod", ...;
+        * "vta": the accelerator in its default configuration beside this machine's CPU; -config=FILE names a
+          VTA JSON configuration, -driver=LIBRARY what drives the accelerator; the other options are those of
+          "llvm" and describe the CPU. In a dict, "config" may be the configuration itself;
         * one of TVM's target tags ("raspberry-pi/4b-aarch64"), a dict, its JSON text, a `tvm.target.Target`;
         * a `TargetProfile`, which is returned.
 
     Raises
     ------
     VitqError : unknown kind, option, CPU or feature; malformed text; an architecture or system without
-        kernels.
+        kernels; a VTA configuration that cannot be.
     """
     if isinstance(target, TargetProfile):
         return target
     options = target_text.read(target, ALIASES)
+    if options["kind"] == "vta":
+        return replace(_cpu_profile(options), vta=_vta(options), driver=str(options.get("driver", "")))
+    return _cpu_profile(options)
+
+
+def _vta(options: Mapping[str, Any]) -> VtaConfig:
+    config = options.get("config")
+    if config is None:
+        return VtaConfig()
+    return config_from(config) if isinstance(config, Mapping) else read_config(config)
+
+
+def _cpu_profile(options: Mapping[str, Any]) -> TargetProfile:
     threads = target_text.core_count(options)
     if not any(options.get(key) for key in ("mtriple", "mcpu", "mattr")):
         return _host_profile(threads)

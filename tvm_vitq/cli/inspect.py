@@ -16,6 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--site", metavar="PATTERN", help="only sites or layers of this name or pattern: 'blocks.0.*.weight'"
     )
     parser.add_argument(
+        "--vta",
+        action="store_true",
+        help="list the instructions of a library for VTA, of the launches that --site names or of all",
+    )
+    parser.add_argument(
         "--plot",
         metavar="DIR",
         help="draw the distribution at each site with the levels of its quantizer: a folder with one PNG a "
@@ -25,8 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """See tvm_vitq.artifacts.describe and tvm_vitq.plotting.plot_plan."""
-    from tvm_vitq.artifacts import describe, plan_of
+    from tvm_vitq.artifacts import describe, plan_of, vta_listing
 
+    if arguments.vta:
+        return Outcome(*vta_listing(arguments.file, arguments.site))
     if arguments.plot is None and arguments.site is None:
         data, text = describe(arguments.file)
         return Outcome(data, text)

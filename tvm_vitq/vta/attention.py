@@ -95,7 +95,8 @@ def scores_launch(
         Product(
             assembler, [left], inputs[0], v.matrices(image, block), by_rows, None, channels, f"{name} v"
         ).emit()
-    return Launch(assembler.finish(), [x], [scores, qk, v]), v
+    macs = heads.batch * heads.tokens * (weight.size + heads.tokens * channels)
+    return Launch(assembler.finish(), [x], [scores, qk, v], macs), v
 
 
 def values_launch(name: str, heads: Heads, v: Operand, passes: int, config: VtaConfig) -> Launch:
@@ -123,7 +124,8 @@ def values_launch(name: str, heads: Heads, v: Operand, passes: int, config: VtaC
             right = values.part(slice(head * wide, (head + 1) * wide), slice(0, values.columns))
             outs = [_columns(m, head * heads.width, heads.width, block) for m in out.matrices(image, block)]
             Product(assembler, lefts, right, outs, sum_, None, heads.tokens, name).emit()
-    return Launch(assembler.finish(), ps, [out])
+    macs = heads.batch * heads.tokens**2 * heads.channels
+    return Launch(assembler.finish(), ps, [out], macs)
 
 
 def _columns(matrix: Matrix, start: int, width: int, block: int) -> Matrix:

@@ -72,4 +72,4 @@ def linear_launch(name: str, rows: int, weight: Array, made: Conversion, config:
     left = x.matrices(0, block)
     product = Product(assembler, left, right, y.matrices(0, block), made.epilogue, None, rows, name)
     product.emit()
-    return Launch(assembler.finish(), [x], [y])
+    return Launch(assembler.finish(), [x], [y], rows * weight.size)

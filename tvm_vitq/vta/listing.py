@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
+from tvm_vitq.vta.assembler import Stream
 from tvm_vitq.vta.config import Memory
 from tvm_vitq.vta.isa import (
     Alu,
@@ -23,22 +25,34 @@ from tvm_vitq.vta.isa import (
 _SYMBOLS = {AluOp.ADD: "+", AluOp.SHR: ">>", AluOp.MUL: "*"}
 
 
-def listing(program: Iterable[Instruction]) -> Iterator[str]:
+def stream_listing(stream: Stream) -> Iterator[str]:
+    """`listing`, in which transfers name their buffers and count elements from the beginning of these."""
+    return listing(
+        stream.program, ["dram" if used < 0 else stream.buffers[used].name for used in stream.uses]
+    )
+
+
+def listing(program: Iterable[Instruction], buffers: Iterable[str] = ()) -> Iterator[str]:
     """Lines such as
 
     ``12 compute gemm ACC[d] += WGT[w] INP[s] | uops 3..7 x 4 (d 208, s 0, w 12) x 12 (...) | pop load``
 
     with the loops from the outer to the inner one, their steps in brackets, and the tokens at the end.
+
+    Parameters
+    ----------
+    buffers : name of the memory that each instruction transfers to or from; "dram" if there are none.
     """
-    for position, instruction in enumerate(program):
+    pairs = itertools.zip_longest(program, buffers, fillvalue="dram")
+    for position, (instruction, buffer) in enumerate(pairs):
         at = stage(instruction)
-        parts = [_operation(instruction), *filter(None, [_tokens(instruction, at)])]
+        parts = [_operation(instruction, buffer), *filter(None, [_tokens(instruction, at)])]
         yield f"{position:6d} {at.name.lower() if at is not None else '?':8s}{' | '.join(parts)}"
 
 
-def _operation(instruction: Instruction) -> str:
+def _operation(instruction: Instruction, buffer: str) -> str:
     if isinstance(instruction, Transfer):
-        return _transfer(instruction)
+        return _transfer(instruction, buffer)
     if isinstance(instruction, Gemm):
         return (
             f"gemm ACC[d] = 0{_loops(instruction)}"
@@ -56,14 +70,14 @@ def _operation(instruction: Instruction) -> str:
     return "finish" if isinstance(instruction, Finish) else "?"
 
 
-def _transfer(transfer: Transfer) -> str:
+def _transfer(transfer: Transfer, buffer: str) -> str:
     verb = "store" if isinstance(transfer, Store) else "load"
     if not transfer.columns:
         return f"{verb} nothing"
     name = Memory(transfer.memory).name if transfer.memory in list(Memory) else f"memory{transfer.memory}"
     pads = [transfer.pad_top, transfer.pad_bottom, transfer.pad_left, transfer.pad_right]
     local = f"{name}[{transfer.sram}]"
-    far = f"dram[{transfer.dram:#x}]"
+    far = f"{buffer}[{transfer.dram:#x}]"
     shape = f"{transfer.rows} x {transfer.columns}, stride {transfer.stride}"
     around = f", pads {pads}" if any(pads) else ""
     return f"{verb} {local} {'<-' if isinstance(transfer, Load) else '->'} {far} | {shape}{around}"

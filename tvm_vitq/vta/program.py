@@ -30,11 +30,15 @@ HEADER = "program.json"
 
 @dataclass
 class Launch:
-    """One run of the machine, as the host sees it: tensors in, tensors out."""
+    """One run of the machine, as the host sees it: tensors in, tensors out.
+
+    macs : multiply-accumulates of its products, padding left out.
+    """
 
     stream: Stream
     inputs: list[Operand]
     outputs: list[Operand]
+    macs: int
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Program:
                     "buffers": [place[buffer] for buffer in launch.stream.buffers],
                     "inputs": [_operand_to_json(operand, place) for operand in launch.inputs],
                     "outputs": [_operand_to_json(operand, place) for operand in launch.outputs],
+                    "macs": launch.macs,
                 }
                 for name, launch in self.launches.items()
             },
@@ -105,7 +110,7 @@ class Program:
                         [_operand_from_json(entry, buffers) for entry in made[side]]
                         for side in ("inputs", "outputs")
                     )
-                    launches[name] = Launch(stream, inputs, outputs)
+                    launches[name] = Launch(stream, inputs, outputs, made["macs"])
         except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
             raise VitqError("VTA program is damaged", where=where, got=error, fix="build it again") from error
         return cls(config, launches)
