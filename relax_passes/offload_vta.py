@@ -103,12 +103,11 @@ class _Offload(Rewriter):
         if made.finished:
             return result
         multiplier, zero = node.args[3], node.args[4]
+        bias = constant(-value_of(node.args[2]))
         if info["out_dtype"] == "float32":
-            return call(
-                "vitq.int_dequantize", [result, multiplier, constant(np.int32(0))], out_dtype="float32"
-            )
+            return call("vitq.int_dequantize", [result, multiplier, bias], out_dtype="float32")
         limits = {key: info[key] for key in ("qmin", "qmax", "kind", "out_dtype", "site")}
-        return call("vitq.int_requantize", [result, multiplier, zero, constant(np.int32(0))], **limits)
+        return call("vitq.int_requantize", [result, multiplier, zero, bias], **limits)
 
     def attention(self, node: Call, info: dict[str, Any], name: str) -> Expr | None:
         batch, count, tokens, width = info["shape"]

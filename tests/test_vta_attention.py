@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tvm_vitq.vta.attention import Heads, scores_launch, sums, values_launch
+from tvm_vitq.vta.attention import Heads, scores_launch, values_launch
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.device import SimulatedDevice
+from tvm_vitq.vta.linear import whole_sums
 from tvm_vitq.vta.matmul import Epilogue
 from tvm_vitq.vta.program import PlacedProgram, Program
 
@@ -45,6 +46,6 @@ def test_attention_around_the_softmax_of_the_host(heads, passes):
 
 
 def test_sums_take_as_few_bytes_as_hold_them():
-    assert [sums(16, largest).planes for largest in (127, 128, 32767, 32768, 2**23, 2**31 - 1)] == [
+    assert [whole_sums(16, largest).planes for largest in (127, 128, 32767, 32768, 2**23, 2**31 - 1)] == [
         *(1, 2, 2, 3, 4, 4)
     ]

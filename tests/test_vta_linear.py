@@ -79,5 +79,5 @@ def test_everything_else_is_sums(out, shifts, bias):
     x = np.random.default_rng(2).integers(-128, 128, (30, 64)).astype(np.int8)
     made = conversion(weight, biases, multiplier, np.array([3]), out)
     assert not made.finished and made.dtype == "int32"
-    found = requantize(run(x, weight, made), multiplier, 3, out)
+    found = requantize(run(x, weight, made) + biases, multiplier, 3, out)
     assert np.array_equal(found, int_linear(x, weight, biases, multiplier, 3, out))

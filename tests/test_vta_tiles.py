@@ -13,6 +13,7 @@ from tvm_vitq.vta.blocks import Matrix
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.cycles import count_cycles
 from tvm_vitq.vta.matmul import Epilogue, Product
+from tvm_vitq.vta.contexts import Contexts
 from tvm_vitq.vta.tiles import Size, Tile, choose_tile, estimate, fits, tiles
 
 CONFIG = VtaConfig()
@@ -65,7 +66,7 @@ def test_the_chosen_tile_is_among_the_best(name):
 def test_all_tiles_fit_and_differ():
     found = list(tiles(SIZES["qkv"], CONFIG))
     assert len(found) == len(set(found)) > 100
-    assert all(fits(tile, 36, CONFIG) for tile in found)
+    assert all(fits(tile, Contexts(CONFIG, tile.contexts, 36), CONFIG) for tile in found)
 
 
 def test_a_product_that_no_tile_fits_is_refused():

@@ -17,7 +17,9 @@ from tvm_vitq.numerics import Array
 from tvm_vitq.vta.assembler import Assembler
 from tvm_vitq.vta.blocks import Matrix, constant_matrix
 from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.matmul import Epilogue, Product
+from tvm_vitq.vta.contexts import Contexts
+from tvm_vitq.vta.linear import whole_sums
+from tvm_vitq.vta.matmul import Epilogue, Product, in_turns
 from tvm_vitq.vta.operand import Operand
 from tvm_vitq.vta.program import Launch
 
@@ -40,12 +42,6 @@ class Heads:
         return self.heads * self.width
 
 
-def sums(count: int, largest: int) -> Epilogue:
-    """Sums of at most `largest` in magnitude as they are, in as few bytes as hold them."""
-    planes = next(n for n in (1, 2, 3, 4) if largest < 1 << (8 * n - 1))
-    return Epilogue(None, np.zeros(count, np.int64), None, None, planes)
-
-
 def scores_launch(
     name: str, heads: Heads, weight: Array, epilogue: Epilogue, config: VtaConfig
 ) -> tuple[Launch, Operand]:
@@ -65,7 +61,7 @@ def scores_launch(
     x = Operand.made(f"{name} input", (heads.batch, heads.tokens, weight.shape[1]), "int8", block)
     qk = Operand.made(f"{name} q k", (heads.batch, heads.tokens, 2 * channels), "int8", block, written=False)
     v = Operand.made(f"{name} v", (heads.batch, channels, heads.tokens), "int8", block, written=False)
-    sum_ = sums(heads.tokens, heads.width << 14)
+    sum_ = whole_sums(heads.tokens, heads.width * _largest(epilogue) ** 2)
     scores = Operand.made(
         f"{name} scores",
         (heads.batch * heads.heads, heads.tokens, heads.tokens),
@@ -74,27 +70,39 @@ def scores_launch(
         sum_.planes,
         written=False,
     )
-    made = constant_matrix(f"{name} weight", weight, block)
-    first, rest = (
-        replace(
-            epilogue, bias=None if epilogue.bias is None else epilogue.bias[part], shift=epilogue.shift[part]
-        )
-        for part in (slice(0, 2 * channels), slice(2 * channels, None))
-    )
-    assembler, cut, deep = Assembler(config), 2 * channels // block, made.columns
+    weights = constant_matrix(f"{name} weight", weight, block)
+    assembler, wide = Assembler(config), heads.width // block
+    constants = 2 * max(heads.width, wide)  # bias and shift of a head, by row for v
+    front, back = (Contexts(config, 2, constants, share) for share in ((0, 3, 4), (3, 1, 4)))
+
+    def layer(part: int, head: int) -> tuple[Matrix, Epilogue]:
+        """Weights and epilogue of q, k or v of a head."""
+        start = part * channels + head * heads.width
+        return _rows(weights, start, heads.width, block), _of_channels(epilogue, start, heads.width)
+
+    def product(left: Matrix, right: Matrix, outs: list[Matrix], to: Epilogue, where: Contexts) -> Product:
+        rows = heads.width if to.by_rows else heads.tokens
+        return Product(assembler, [left], right, outs, to, None, rows, name, where)
+
     for image in range(heads.batch):
-        inputs, (both,) = x.matrices(image, block), qk.matrices(image, block)
-        right = made.part(slice(0, cut), slice(0, deep))
-        Product(assembler, inputs, right, [both], first, None, heads.tokens, f"{name} q k").emit()
+        (inputs,), (both,), (values,) = (o.matrices(image, block) for o in (x, qk, v))
+        # The sums of scores keep the store stage busy, layers the multipliers: these of a head go with those of
+        # the next one, and what is left for the last head is v.
+        scoring: list[Product] = []
         for head in range(heads.heads):
             q, k = (_columns(both, start + head * heads.width, heads.width, block) for start in (0, channels))
-            out = scores.matrices(image * heads.heads + head, block)
-            Product(assembler, [q], k, out, sum_, None, heads.tokens, f"{name} scores").emit()
-        left = made.part(slice(cut, made.rows), slice(0, deep))
-        by_rows = replace(rest, by_rows=True)
-        Product(
-            assembler, [left], inputs[0], v.matrices(image, block), by_rows, None, channels, f"{name} v"
-        ).emit()
+            layers = [
+                product(inputs, right, [out], to, front)
+                for (right, to), out in ((layer(0, head), q), (layer(1, head), k))
+            ]
+            in_turns(layers, scoring)
+            scoring = [product(q, k, scores.matrices(image * heads.heads + head, block), sum_, back)]
+        layers = []
+        for head in range(heads.heads):
+            left, to = layer(2, head)
+            out = _rows(values, head * heads.width, heads.width, block)
+            layers.append(product(left, inputs, [out], replace(to, by_rows=True), front))
+        in_turns(layers, scoring)
     macs = heads.batch * heads.tokens * (weight.size + heads.tokens * channels)
     return Launch(assembler.finish(), [x], [scores, qk, v], macs), v
 
@@ -107,7 +115,7 @@ def values_launch(name: str, heads: Heads, v: Operand, passes: int, config: VtaC
     shape = (heads.batch * heads.heads, heads.tokens, heads.tokens)
     ps = [Operand.made(f"{name} p {n}", shape, "int8", block) for n in range(passes)]
     largest = heads.tokens * sum(1 << 14 + 8 * n for n in range(passes))
-    sum_ = sums(heads.width, largest)
+    sum_ = whole_sums(heads.width, largest)
     out = Operand.made(
         f"{name} sums",
         (heads.batch, heads.tokens, heads.channels),
@@ -116,16 +124,33 @@ def values_launch(name: str, heads: Heads, v: Operand, passes: int, config: VtaC
         sum_.planes,
         written=False,
     )
-    assembler, wide = Assembler(config), heads.width // block
+    assembler = Assembler(config)
     for image in range(heads.batch):
         (values,) = v.matrices(image, block)
         for head in range(heads.heads):
             lefts = [p.matrices(image * heads.heads + head, block)[0] for p in ps]
-            right = values.part(slice(head * wide, (head + 1) * wide), slice(0, values.columns))
+            right = _rows(values, head * heads.width, heads.width, block)
             outs = [_columns(m, head * heads.width, heads.width, block) for m in out.matrices(image, block)]
             Product(assembler, lefts, right, outs, sum_, None, heads.tokens, name).emit()
     macs = heads.batch * heads.tokens**2 * heads.channels
     return Launch(assembler.finish(), ps, [out], macs)
+
+
+def _largest(epilogue: Epilogue) -> int:
+    """Magnitude of int8 codes."""
+    limits = (epilogue.low, epilogue.high)
+    return 128 if None in limits else max(abs(limit) for limit in limits if limit is not None)
+
+
+def _of_channels(epilogue: Epilogue, start: int, width: int) -> Epilogue:
+    part = slice(start, start + width)
+    bias = None if epilogue.bias is None else epilogue.bias[part]
+    return replace(epilogue, bias=bias, shift=epilogue.shift[part])
+
+
+def _rows(matrix: Matrix, start: int, height: int, block: int) -> Matrix:
+    """Some rows, which begin and end with blocks."""
+    return matrix.part(slice(start // block, (start + height) // block), slice(0, matrix.columns))
 
 
 def _columns(matrix: Matrix, start: int, width: int, block: int) -> Matrix:

@@ -22,7 +22,8 @@ class Conversion:
     """What a layer's sums become on VTA.
 
     epilogue : on the ALU.
-    dtype : of what the host gets;  finished : whether that is the layer's result, or its sums.
+    dtype : of what the host gets;  finished : whether that is the layer's result, or its products' sums, to
+        which the host adds the bias.
     """
 
     epilogue: Epilogue
@@ -37,19 +38,26 @@ def conversion(weight: Array, bias: Array, multiplier: Array, zero_point: Array,
     ``clip(((sum + bias + half) >> s) + z) = clip((sum + bias + half + (z << s)) >> s)``: half, zero point and
     bias are one constant. It is proved that no sum overflows with it.
     """
-    sums = Conversion(Epilogue(bias, np.zeros(len(bias), np.int64), None, None, planes=4), "int32", False)
+    products = 128 * np.abs(weight.astype(np.int64)).sum(1)
+    sums = Conversion(whole_sums(len(bias), int(products.max())), "int32", False)
     if out.kind != "shift" or out.dtype not in ("int8", "uint16") or out.qmax >= 1 << INDEX_BITS:
         return sums
     count = len(bias)
     shift = np.broadcast_to(np.round(-np.log2(np.asarray(multiplier, np.float64))).astype(np.int64), count)
     half = np.where(shift > 0, np.int64(1) << np.maximum(shift - 1, 0), 0)
     added = bias.astype(np.int64) + half + (np.broadcast_to(zero_point, count).astype(np.int64) << shift)
-    most = 128 * np.abs(weight.astype(np.int64)).sum(1) + np.abs(added)
+    most = products + np.abs(added)
     least, largest = int(shift.min()), int(shift.max())
     if most.max() > LARGEST_SUM or largest > 30 or (largest > 15 and largest - least > 15):
         return sums
     planes = 1 if out.dtype == "int8" else 2
     return Conversion(Epilogue(added, shift, out.qmin, out.qmax, planes), out.dtype, True)
+
+
+def whole_sums(count: int, largest: int) -> Epilogue:
+    """Sums of at most `largest` in magnitude as they are, in as few bytes as hold them."""
+    planes = next(n for n in (1, 2, 3, 4) if largest < 1 << (8 * n - 1))
+    return Epilogue(None, np.zeros(count, np.int64), None, None, planes)
 
 
 def linear_launch(name: str, rows: int, weight: Array, made: Conversion, config: VtaConfig) -> Launch:

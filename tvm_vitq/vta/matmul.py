@@ -17,6 +17,7 @@ from tvm_vitq.numerics import Array
 from tvm_vitq.vta.assembler import Assembler, Buffer
 from tvm_vitq.vta.blocks import Matrix, bias_as_products, filled
 from tvm_vitq.vta.config import Memory
+from tvm_vitq.vta.contexts import Contexts
 from tvm_vitq.vta.isa import Alu, AluOp, Gemm
 from tvm_vitq.vta.tiles import Size, Tile, choose_tile, fits
 
@@ -94,6 +95,19 @@ class _Open:
         }
 
 
+    def fill(self, asm: Assembler) -> dict[str, Any]:
+        """Loops over the rows that only fill up the last block."""
+        row = self.elements(np.arange(self.useful, self.operated))
+        begin, end = asm.uops(np.stack([row, row, np.zeros_like(row)], 1))
+        return {
+            "uop_begin": begin,
+            "uop_end": end,
+            "outer": self.width,
+            "dst_outer": self.size,
+            "src_outer": self.size,
+        }
+
+
 class Product:
     """Emits ``out = epilogue(sum of 256**n lefts[-1 - n] @ right.T)``.
 
@@ -105,6 +119,7 @@ class Product:
     tile : what is in the scratchpads at a time; None: the one with the best estimate.
     rows : rows of `left` that mean something; those behind them in their block become what zeros would.
     name : for messages.
+    contexts : where tiles may be; None: in all of the scratchpads.
 
     Raises
     ------
@@ -121,30 +136,35 @@ class Product:
         tile: Tile | None,
         rows: int,
         name: str,
+        contexts: Contexts | None = None,
     ) -> None:
         self.asm, self.config = assembler, assembler.config
         self.lefts, self.right, self.outs, self.epilogue = lefts, right, outs, epilogue
         self.left, self.rows = lefts[0], rows
         self.size = self.config.block
         self._prepare(name)
+        self.operations = list(self._operations())
         used = len(self._loaded) * self._constants
-        tile = self.tile = tile or choose_tile(self._tile_size(used), self.config, name)
-        if not fits(tile, used, self.config):
-            raise VitqError("VTA tile does not fit", where=name, got=tile, expected=self.config.text)
-        self._span = {
-            Memory.INP: (self.config.depth(Memory.INP) - 1) // tile.contexts,
-            Memory.WGT: self.config.depth(Memory.WGT) // tile.contexts,
-            Memory.ACC: (self.config.depth(Memory.ACC) - used) // tile.contexts,
-        }
-        self._turn = dict.fromkeys(self._span, 0)
+        self.sizes = self._sizes(used)
+        self.tile = tile or choose_tile(self.sizes, self.config, name, contexts)
+        self._contexts = contexts or Contexts(self.config, self.tile.contexts, used)
+        if not fits(self.tile, self._contexts, self.config) or used > self._contexts.constants:
+            raise VitqError("VTA tile does not fit", where=name, got=self.tile, expected=self.config.text)
+        self._held: tuple[slice, slice, int] | None = None
+        """Rows and columns of blocks of `right` that were loaded last, and where they are."""
 
-    def _tile_size(self, constants: int) -> Size:
-        alu = sum(2 if isinstance(operand, str) else 1 for _, operand in self._operations())
+    def _sizes(self, constants: int) -> Size:
+        alu = sum(2 if isinstance(operand, str) else 1 for _, operand in self.operations)
         sizes = (self.left.rows, self.right.rows, self.left.columns)
         return Size(*sizes, 1 + bool(self._bias) + alu, len(self.lefts), len(self.outs), constants)
 
     def emit(self) -> None:
-        """The whole product: rows of tiles, in them columns, in them parts of the sum."""
+        """The whole product."""
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[None]:
+        """The product: rows of tiles, in them columns, in them parts of the sum; a pause behind each tile."""
         for table, base in self._loaded:
             self.asm.settle(range(base, base + self._constants))
             self.asm.load(Memory.ACC, base, table, 0, 1, self._constants, self._constants)
@@ -170,12 +190,13 @@ class Product:
                 stores = self._store(tile)
                 next(stores)
                 self.asm.defer(tile.accumulators, stores)
+                yield
 
     def _open(self, rows: slice, columns: slice) -> _Open:
         """A tile in the context whose turn it is, once everything in it is stored."""
-        acc = self._next(Memory.ACC)
-        self.asm.settle(range(acc, acc + self._span[Memory.ACC]))
-        return _Open(self.asm, acc, rows, columns, self.rows)
+        context = self._contexts.next(Memory.ACC)
+        self.asm.settle(context)
+        return _Open(self.asm, context.start, rows, columns, self.rows)
 
     def _prepare(self, name: str) -> None:
         """Constants: a bias that is no product, and shifts that differ, in accumulators of 16 channels or, of
@@ -217,14 +238,8 @@ class Product:
             self._loaded.append((Buffer(f"{name} {which}", len(data), contents=data), top))
             self._base[which] = top
 
-    def _next(self, memory: Memory, turn: bool = True) -> int:
-        """The first element of the context whose turn it is, and on to the next one."""
-        now = self._turn[memory]
-        self._turn[memory] = (now + turn) % self.tile.contexts
-        return now * self._span[memory]
-
     def _load_left(self, left: Matrix, rows: slice, depth: slice) -> int:
-        base, width = self._next(Memory.INP), depth.stop - depth.start
+        base, width = self._contexts.next(Memory.INP).start, depth.stop - depth.start
         first = left.block(rows.start, depth.start) * self.size
         height, stride = rows.stop - rows.start, left.stride * self.size
         self.asm.load(Memory.INP, base, left.buffer, first, height, width * self.size, stride)
@@ -232,16 +247,18 @@ class Product:
 
     def _add_bias(self, tile: _Open, weights: Buffer) -> None:
         """The bias as one more product, of an input that is the same in all rows."""
-        wgt = self._next(Memory.WGT, turn=False) + self.tile.columns * self.tile.depth
-        self.asm.load(Memory.WGT, wgt, weights, tile.columns.start, 1, tile.width, tile.width)
+        held = self._held  # with their bias, where one part of the sum is all
+        same = held is not None and held[:2] == (tile.columns, slice(0, self.left.columns))
+        base = held[2] if held and same else self._contexts.next(Memory.WGT, turn=False).start
+        wgt = base + self.tile.columns * self.tile.depth
+        if not same:
+            self.asm.load(Memory.WGT, wgt, weights, tile.columns.start, 1, tile.width, tile.width)
         last = self.config.depth(Memory.INP) - 1
         self.asm.loop(Gemm(wgt_outer=1, **tile.over(self.asm, src=last, wgt=wgt)))
 
     def _multiply(self, tile: _Open, inp: int, depth: slice) -> None:
         deep = depth.stop - depth.start
-        wgt = self._next(Memory.WGT)
-        first = self.right.block(tile.columns.start, depth.start)
-        self.asm.load(Memory.WGT, wgt, self.right.buffer, first, tile.width, deep, self.right.stride)
+        wgt = self._load_right(tile, depth)
         row = np.arange(max(tile.useful, FEWEST_ROWS))
         src = inp + row // self.size * deep * self.size + row % self.size
         begin, end = self.asm.uops(np.stack([tile.elements(row), src, np.full_like(src, wgt)], 1))
@@ -258,9 +275,21 @@ class Product:
             )
         )
 
+    def _load_right(self, tile: _Open, depth: slice) -> int:
+        """Where the weights of a tile are; those that the tile before has used are still there."""
+        if self._held is None or self._held[:2] != (tile.columns, depth):
+            wgt = self._contexts.next(Memory.WGT).start
+            first = self.right.block(tile.columns.start, depth.start)
+            deep = depth.stop - depth.start
+            self.asm.load(Memory.WGT, wgt, self.right.buffer, first, tile.width, deep, self.right.stride)
+            self._held = (tile.columns, depth, wgt)
+        return self._held[2]
+
     def _finish(self, tile: _Open) -> None:
-        """Bias, shift, limits."""
-        for op, operand in self._operations():
+        """Bias, shift, limits. Without these the products' sums can be stored, but not the rows that have none."""
+        if not self.operations and tile.operated > tile.useful:
+            self.asm.loop(Alu(op=AluOp.SHR, immediate=0, **tile.fill(self.asm)))
+        for op, operand in self.operations:
             if isinstance(operand, str):
                 self.asm.loop(Alu(op=op, **self._with_constants(tile, self._base[operand])))
             else:
@@ -284,27 +313,42 @@ class Product:
             yield
 
     def _operations(self) -> Iterator[tuple[AluOp, int | str]]:
-        """ALU operations with an immediate or the constants of that name. There is at least one, as results
-        are what operations leave.
-        """
-        count = 0
+        """ALU operations with an immediate or the constants of that name."""
         if "bias" in self._base:
-            count += 1
             yield AluOp.ADD, "bias"
         rest = self._common
         while rest > 0:
-            count += 1
             yield AluOp.SHR, min(rest, LARGEST_SHIFT)
             rest -= LARGEST_SHIFT
         if "shift" in self._base:
-            count += 1
             yield AluOp.SHR, "shift"
         for op, limit in ((AluOp.MAX, self.epilogue.low), (AluOp.MIN, self.epilogue.high)):
             if limit is not None:
-                count += 1
                 yield op, limit
-        if not count:
-            yield AluOp.SHR, 0
+
+
+def in_turns(*lists: Sequence[Product]) -> None:
+    """Emits the products of each list one after the other, tiles of the lists in turns, so that all lists end
+    together by the cycles that the multipliers and the ALU need. Lists have contexts of their own.
+    """
+    work = [sum(map(_work, products)) for products in lists]
+    steps = [_weighted(products) for products in lists]
+    done = [0.0] * len(lists)
+    while any(share < 1 for share, total in zip(done, work, strict=True) if total):
+        at = min((n for n in range(len(lists)) if work[n]), key=lambda n: done[n])
+        done[at] += next(steps[at], work[at]) / work[at]
+
+
+def _weighted(products: Sequence[Product]) -> Iterator[float]:
+    """The cycles of each tile, once it is emitted."""
+    for product in products:
+        tiles = -(-product.sizes.rows // product.tile.rows) * -(-product.sizes.columns // product.tile.columns)
+        for _ in product.steps():
+            yield _work(product) / tiles
+
+
+def _work(product: Product) -> float:
+    return float(product.sizes.rows * product.sizes.columns * product.sizes.each)
 
 
 def _cut(count: int, step: int) -> Iterator[slice]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.vta.config import Memory, VtaConfig
+from tvm_vitq.vta.contexts import Contexts
 from tvm_vitq.vta.cycles import FIRST_BURST, LOAD_START, LOOP_START, NEXT_BURST, STORE_BURST, STORE_START
 
 CONTEXTS = (2, 3, 4)
@@ -44,25 +45,32 @@ class Size:
     planes: int = 1
     constants: int = 0
 
+    @property
+    def each(self) -> int:
+        """Cycles of the compute stage for each accumulator."""
+        return self.depth * self.passes + self.operations + self.planes - 1 + self.passes - 1
 
-def fits(tile: Tile, constants: int, config: VtaConfig) -> bool:
-    """Whether a tile's contexts fit into the scratchpads, beside `constants` accumulators and the bias."""
-    size = config.block
+
+def fits(tile: Tile, contexts: Contexts, config: VtaConfig) -> bool:
+    """Whether a tile fits into each of these contexts, with its bias beside its weights."""
+    size, room = config.block, contexts.room
     return (
-        tile.rows * tile.depth * size * tile.contexts < config.depth(Memory.INP)
-        and tile.columns * (tile.depth + 1) * tile.contexts <= config.depth(Memory.WGT)
-        and tile.rows * tile.columns * size * tile.contexts + constants <= config.depth(Memory.ACC)
+        tile.contexts == contexts.count
+        and tile.rows * tile.depth * size <= room[Memory.INP]
+        and tile.columns * (tile.depth + 1) <= room[Memory.WGT]
+        and tile.rows * tile.columns * size <= room[Memory.ACC]
     )
 
 
-def tiles(size: Size, config: VtaConfig) -> Iterator[Tile]:
+def tiles(size: Size, config: VtaConfig, contexts: Contexts | None = None) -> Iterator[Tile]:
     """Every tile that fits, with pieces as equal as can be: of two that cut a product into as many pieces the
-    larger one is left out.
+    larger one is left out. Without `contexts` those that fit some in all of the scratchpads.
     """
+    given = [contexts] if contexts else [Contexts(config, count, size.constants) for count in CONTEXTS]
     rows, columns, depths = (_pieces(count) for count in (size.rows, size.columns, size.depth))
-    for row, column, depth, contexts in itertools.product(rows, columns, depths, CONTEXTS):
-        tile = Tile(row, column, depth, contexts)
-        if fits(tile, size.constants, config):
+    for row, column, depth, where in itertools.product(rows, columns, depths, given):
+        tile = Tile(row, column, depth, where.count)
+        if fits(tile, where, config):
             yield tile
 
 
@@ -71,11 +79,15 @@ def _pieces(count: int) -> list[int]:
     return list(dict.fromkeys(-(-count // pieces) for pieces in range(1, count + 1)))
 
 
-def estimate(size: Size, tile: Tile, config: VtaConfig) -> float:
-    """Cycles: of the busiest stage, and of the others before it begins and after it ends."""
+def estimate(size: Size, tile: Tile, config: VtaConfig, alone: bool = True) -> float:
+    """Cycles of a product that is `alone`: of the busiest stage, and of the others before it begins and after
+    it ends. Of one that shares the machine: of all stages, for any of them may be the one that others wait
+    for.
+    """
     block, bus = config.block, config.board.bus_bits // 8
     row_tiles, column_tiles = -(-size.rows // tile.rows), -(-size.columns // tile.columns)
-    parts = -(-size.depth // tile.depth) * size.passes
+    deep = -(-size.depth // tile.depth)
+    parts = deep * size.passes
     count = row_tiles * column_tiles
     entries = size.rows * size.columns * block
     inp, wgt, out = (config.element_bytes(m) / bus for m in (Memory.INP, Memory.WGT, Memory.OUT))
@@ -83,13 +95,16 @@ def estimate(size: Size, tile: Tile, config: VtaConfig) -> float:
     start = LOAD_START + FIRST_BURST
     left = size.rows * size.depth * size.passes * block * inp * (1 if whole else column_tiles)
     left += (row_tiles if whole else count * parts) * (start + tile.rows * NEXT_BURST)
-    right = row_tiles * size.columns * size.depth * size.passes * wgt
-    right += count * parts * (start + tile.columns * NEXT_BURST)
+    kept = deep == 1  # for all left operands, and from tile to tile if there is but one of columns
+    loads = (1 if column_tiles == 1 else count) if kept else count * parts
+    right = loads * size.columns / column_tiles * size.depth / deep * wgt
+    right += loads * (start + tile.columns * NEXT_BURST)
     load = left + right
     loops = count * (parts + size.operations + size.planes - 1 + size.passes - 1)
-    compute = entries * (size.depth * size.passes + size.operations + size.planes - 1 + size.passes - 1)
-    compute += loops * LOOP_START
+    compute = entries * size.each + loops * LOOP_START
     store = size.planes * (entries * (out + 1) + count * (STORE_START + tile.rows * STORE_BURST))
+    if not alone:
+        return load + compute + store
     first = load / (count * parts)
     last = store / count
     # Bytes of a result take turns in one accumulator, one for each tile that others work on in between; for
@@ -99,14 +114,16 @@ def estimate(size: Size, tile: Tile, config: VtaConfig) -> float:
     return max(load, compute + waits, store) + first + last
 
 
-def choose_tile(size: Size, config: VtaConfig, where: str) -> Tile:
-    """The tile with the best estimate.
+def choose_tile(size: Size, config: VtaConfig, where: str, contexts: Contexts | None = None) -> Tile:
+    """The tile with the best estimate of those that fit, see `tiles`.
 
     Raises
     ------
     VitqError : none fits.
     """
-    found = min(tiles(size, config), key=lambda tile: estimate(size, tile, config), default=None)
+    alone = contexts is None or not contexts.shared
+    possible = tiles(size, config, contexts)
+    found = min(possible, key=lambda tile: estimate(size, tile, config, alone), default=None)
     if found is None:
         raise VitqError("no tile of the product fits VTA", where=where, got=size, expected=config.text)
     return found
