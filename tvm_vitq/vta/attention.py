@@ -78,7 +78,7 @@ def scores_launch(
     def layer(part: int, head: int) -> tuple[Matrix, Epilogue]:
         """Weights and epilogue of q, k or v of a head."""
         start = part * channels + head * heads.width
-        return _rows(weights, start, heads.width, block), _of_channels(epilogue, start, heads.width)
+        return _rows(weights, start, heads.width, block), epilogue.of_channels(slice(start, start + heads.width))
 
     def product(left: Matrix, right: Matrix, outs: list[Matrix], to: Epilogue, where: Contexts) -> Product:
         rows = heads.width if to.by_rows else heads.tokens
@@ -140,12 +140,6 @@ def _largest(epilogue: Epilogue) -> int:
     """Magnitude of int8 codes."""
     limits = (epilogue.low, epilogue.high)
     return 128 if None in limits else max(abs(limit) for limit in limits if limit is not None)
-
-
-def _of_channels(epilogue: Epilogue, start: int, width: int) -> Epilogue:
-    part = slice(start, start + width)
-    bias = None if epilogue.bias is None else epilogue.bias[part]
-    return replace(epilogue, bias=bias, shift=epilogue.shift[part])
 
 
 def _rows(matrix: Matrix, start: int, height: int, block: int) -> Matrix:

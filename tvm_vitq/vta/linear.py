@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -73,11 +73,15 @@ def linear_launch(name: str, rows: int, weight: Array, made: Conversion, config:
     """
     columns, depth = weight.shape
     block, planes = config.block, made.epilogue.planes
+    # Channels with equal shifts side by side: a tile of them is shifted in half the time.
+    order = np.argsort(made.epilogue.shift, kind="stable")
+    weight, epilogue = weight[order], made.epilogue.of_channels(order)
     x = Operand.made(f"{name} input", (1, rows, depth), "int8", block)
     y = Operand.made(f"{name} result", (1, rows, columns), made.dtype, block, planes, written=False)
+    y = replace(y, order=tuple(order.tolist()))
     right = constant_matrix(f"{name} weight", weight, block)
     assembler = Assembler(config)
     left = x.matrices(0, block)
-    product = Product(assembler, left, right, y.matrices(0, block), made.epilogue, None, rows, name)
+    product = Product(assembler, left, right, y.matrices(0, block), epilogue, None, rows, name)
     product.emit()
     return Launch(assembler.finish(), [x], [y], rows * weight.size)

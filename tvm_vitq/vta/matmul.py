@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,11 @@ class Epilogue:
     high: int | None = 127
     planes: int = 1
     by_rows: bool = False
+
+    def of_channels(self, chosen: Array | slice) -> Epilogue:
+        """That of some channels, in this order."""
+        bias = None if self.bias is None else self.bias[chosen]
+        return replace(self, bias=bias, shift=self.shift[chosen])
 
 
 class _Open:
@@ -143,7 +148,6 @@ class Product:
         self.left, self.rows = lefts[0], rows
         self.size = self.config.block
         self._prepare(name)
-        self.operations = list(self._operations())
         used = len(self._loaded) * self._constants
         self.sizes = self._sizes(used)
         self.tile = tile or choose_tile(self.sizes, self.config, name, contexts)
@@ -154,9 +158,9 @@ class Product:
         """Rows and columns of blocks of `right` that were loaded last, and where they are."""
 
     def _sizes(self, constants: int) -> Size:
-        alu = sum(2 if isinstance(operand, str) else 1 for _, operand in self.operations)
         sizes = (self.left.rows, self.right.rows, self.left.columns)
-        return Size(*sizes, 1 + bool(self._bias) + alu, len(self.lefts), len(self.outs), constants)
+        cycles = 1 + bool(self._bias) + self._cycles_of_operations()
+        return Size(*sizes, cycles, len(self.lefts), len(self.outs), constants)
 
     def emit(self) -> None:
         """The whole product."""
@@ -287,9 +291,10 @@ class Product:
 
     def _finish(self, tile: _Open) -> None:
         """Bias, shift, limits. Without these the products' sums can be stored, but not the rows that have none."""
-        if not self.operations and tile.operated > tile.useful:
+        operations = list(self._operations(tile))
+        if not operations and tile.operated > tile.useful:
             self.asm.loop(Alu(op=AluOp.SHR, immediate=0, **tile.fill(self.asm)))
-        for op, operand in self.operations:
+        for op, operand in operations:
             if isinstance(operand, str):
                 self.asm.loop(Alu(op=op, **self._with_constants(tile, self._base[operand])))
             else:
@@ -312,19 +317,34 @@ class Product:
             self.asm.store(tile.acc, out.buffer, first, height, width, out.stride * self.size)
             yield
 
-    def _operations(self) -> Iterator[tuple[AluOp, int | str]]:
+    def _operations(self, tile: _Open) -> Iterator[tuple[AluOp, int | str]]:
         """ALU operations with an immediate or the constants of that name."""
         if "bias" in self._base:
             yield AluOp.ADD, "bias"
-        rest = self._common
+        part = tile.rows if self.epilogue.by_rows else tile.columns
+        shifts = self._shifts(part.start, part.stop)
+        rest = self._common if len(shifts) > 1 else int(shifts[0])
         while rest > 0:
             yield AluOp.SHR, min(rest, LARGEST_SHIFT)
             rest -= LARGEST_SHIFT
-        if "shift" in self._base:
+        if len(shifts) > 1:
             yield AluOp.SHR, "shift"
         for op, limit in ((AluOp.MAX, self.epilogue.low), (AluOp.MIN, self.epilogue.high)):
             if limit is not None:
                 yield op, limit
+
+    def _shifts(self, start: int, stop: int) -> Array:
+        """The different shifts of some blocks of channels."""
+        return np.unique(self.epilogue.shift[start * self.size : stop * self.size])
+
+    def _cycles_of_operations(self) -> float:
+        """Of the ALU, for each accumulator; for shifts as if each block of channels were a tile."""
+        blocks = range(self.left.rows if self.epilogue.by_rows else self.right.rows)
+        found = [self._shifts(block, block + 1) for block in blocks]
+        common = -(-self._common // LARGEST_SHIFT)
+        each = [common + 2 if len(s) > 1 else -(-int(s[0]) // LARGEST_SHIFT) for s in found if len(s)]
+        limits = (self.epilogue.low is not None) + (self.epilogue.high is not None)
+        return 2 * ("bias" in self._base) + float(np.mean(each)) + limits
 
 
 def in_turns(*lists: Sequence[Product]) -> None:

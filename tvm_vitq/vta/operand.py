@@ -19,6 +19,7 @@ class Operand:
 
     dtype : of the host: int8, or what several bytes make: uint16 of two, int32 of up to four, the highest
         with its sign.
+    order : of a result, the tensor's columns in the order in which memory has them; () is their own.
     """
 
     planes: tuple[Buffer, ...]
@@ -26,6 +27,7 @@ class Operand:
     rows: int
     columns: int
     dtype: str
+    order: tuple[int, ...] = ()
 
     @classmethod
     def made(
@@ -62,4 +64,8 @@ class Operand:
             blocks = plane.view(np.int8 if signed else np.uint8).reshape(shape)
             for matrix, into in zip(blocks, result, strict=True):
                 into += unpack(matrix, self.rows, self.columns).astype(np.int32) << 8 * number
+        if self.order:
+            ordered = np.empty_like(result)
+            ordered[..., list(self.order)] = result
+            result = ordered
         return result.astype(self.dtype)

@@ -118,12 +118,12 @@ class Program:
 
 def _operand_to_json(operand: Operand, place: Mapping[Buffer, int]) -> list[Any]:
     planes = [place[plane] for plane in operand.planes]
-    return [planes, operand.count, operand.rows, operand.columns, operand.dtype]
+    return [planes, operand.count, operand.rows, operand.columns, operand.dtype, operand.order]
 
 
 def _operand_from_json(data: list[Any], buffers: list[Buffer]) -> Operand:
-    planes, *rest = data
-    return Operand(tuple(buffers[plane] for plane in planes), *rest)
+    planes, *rest, order = data
+    return Operand(tuple(buffers[plane] for plane in planes), *rest, tuple(order))
 
 
 class PlacedProgram:

@@ -40,7 +40,7 @@ class Size:
     rows: int
     columns: int
     depth: int
-    operations: int
+    operations: float
     passes: int = 1
     planes: int = 1
     constants: int = 0
@@ -107,10 +107,9 @@ def estimate(size: Size, tile: Tile, config: VtaConfig, alone: bool = True) -> f
         return load + compute + store
     first = load / (count * parts)
     last = store / count
-    # Bytes of a result take turns in one accumulator, one for each tile that others work on in between; for
-    # those that are left the ALU waits.
-    left_over = max(size.planes - tile.contexts, 0)
-    waits = store / size.planes * (left_over + 1) if left_over else 0.0
+    # Bytes of a result take turns in one accumulator, while others work on as many tiles; where contexts are
+    # too few for that, the next tile in it waits for stores.
+    waits = store / size.planes * max(size.planes + 1 - tile.contexts, 0) if size.planes > 1 else 0.0
     return max(load, compute + waits, store) + first + last
 
 
