@@ -2,66 +2,26 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import subprocess
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from vta_programs import CONFIG, product
+from vta_stand_in import MEMORY, build, give_machine, simulated
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.vta.device import Device, SimulatedDevice
 from tvm_vitq.vta.driver import LARGEST, DriverDevice, load_driver
 from tvm_vitq.vta.isa import Finish, Load, Store, encode
-from tvm_vitq.vta.simulator import Simulator
-
-SOURCE = Path(__file__).with_name("vta_stand_in.c")
-MEMORY = 1 << 24
-MACHINE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint32, ctypes.c_uint32)
 
 
 @pytest.fixture
 def built(tmp_path):
     """Builds the stand-in, broken in a way; each time a library of its own."""
     numbers = itertools.count()
-
-    def build(*broken: str) -> Path:
-        library = tmp_path / f"libvta{next(numbers)}.so"
-        flags = [f"-D{name}" for name in broken]
-        command = ["cc", "-shared", "-fPIC", "-Wall", "-Werror", *flags, str(SOURCE), "-o", str(library)]
-        subprocess.run(command, check=True)
-        return library
-
-    return build
-
-
-def give_machine(library: Path, machine) -> ctypes.CDLL:
-    """Hands a function over to the stand-in, which is to be kept as long as it may be called."""
-    stand_in = ctypes.CDLL(str(library))
-    stand_in.kept = MACHINE(machine)
-    stand_in.StandInMachine(stand_in.kept)
-    return stand_in
-
-
-def simulated(library: Path) -> ctypes.CDLL:
-    """A stand-in with the simulator as its machine."""
-    stand_in = ctypes.CDLL(str(library))
-    stand_in.StandInMemory.restype = ctypes.POINTER(ctypes.c_uint8)
-    memory = np.ctypeslib.as_array(stand_in.StandInMemory(), (MEMORY,))
-    simulator = Simulator(CONFIG, memory)
-
-    def run(address: int, count: int) -> int:
-        try:
-            simulator.run(address, count)
-        except VitqError:
-            return 1
-        return 0
-
-    return give_machine(library, run)
+    return lambda *broken: build(tmp_path / f"libvta{next(numbers)}.so", *broken)
 
 
 def run_product(device: Device) -> np.ndarray:

@@ -11,9 +11,9 @@ from tvm_vitq.errors import VitqError
 from tvm_vitq.vta.assembler import Assembler, Buffer
 from tvm_vitq.vta.blocks import Matrix
 from tvm_vitq.vta.config import VtaConfig
+from tvm_vitq.vta.contexts import Contexts
 from tvm_vitq.vta.cycles import count_cycles
 from tvm_vitq.vta.matmul import Epilogue, Product
-from tvm_vitq.vta.contexts import Contexts
 from tvm_vitq.vta.tiles import Size, Tile, choose_tile, estimate, fits, tiles
 
 CONFIG = VtaConfig()

@@ -18,10 +18,10 @@ from tvm_vitq.quantized_model import QuantizedModel
 from tvm_vitq.relax_passes.offload_vta import Offload
 from tvm_vitq.render import kernels_text
 from tvm_vitq.report import assembly, build_report
-from tvm_vitq.vta.report import vta_report
 from tvm_vitq.runtime import Library
 from tvm_vitq.targets import TargetProfile, parse
 from tvm_vitq.tuning.apply import TunedSchedules, find_runs
+from tvm_vitq.vta.report import vta_report
 
 PACKAGES = ("tvm-vitq", "apache-tvm", "apache-tvm-ffi", "torch", "timm", "numpy")
 

@@ -91,14 +91,15 @@ def kernels_text(kernels: Sequence[Mapping[str, Any]]) -> str:
 
 
 def vta_texts(vta: Mapping[str, Any] | None) -> list[str]:
-    """Launches of VTA: cycles, share of them in which the multipliers do what the model asks for, and in which
-    each stage works, bytes of device memory; and what stays on the host.
+    """Launches of VTA: cycles, share of them in which the multipliers do what the model asks for, and in
+    which each stage works, bytes of device memory; and what stays on the host.
     """
     if vta is None:
         return []
     head = {
         "VTA": f"{vta['config']['TARGET']} {vta['name']}, {len(vta['launches'])} launches",
-        "cycles": f"{vta['cycles']} by the cycle model: {vta['milliseconds']:.3f} ms at {vta['megahertz']} MHz",
+        "cycles": f"{vta['cycles']} by the cycle model, {vta['milliseconds']:.3f} ms at "
+        f"{vta['megahertz']} MHz",
         "utilization": f"{100 * vta['utilization']:.1f} % of the multipliers",
     }
     rows = [

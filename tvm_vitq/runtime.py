@@ -346,17 +346,11 @@ class Library:
         return self._main
 
     def _attached(self) -> Callable[[], AbstractContextManager[None]]:
-        """What a call runs in: VTA's launches go to the machine of this library, attached now if it was not
-        yet.
-        """
-        program = self.program
-        if program is None:
-            return nullcontext
-        if self._accelerator is None:
+        """What a call runs in: VTA's launches go to this library's machine."""
+        if self._accelerator is None and self.program is not None:
             driver = settings.VTA_DRIVER.value or self.info.target.driver
-            self._accelerator = host.Accelerator(program, driver)
-        host.register()
-        return self._accelerator.running
+            self._accelerator = host.Accelerator(self.program, driver)
+        return self._accelerator.running if self._accelerator else nullcontext
 
     def _load_weights(self) -> list[Any]:
         """What `main` takes behind its input: weights that were unpacked for this process."""

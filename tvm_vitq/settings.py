@@ -60,8 +60,8 @@ SPIN = Setting(
 VTA_DRIVER = Setting(
     "VITQ_VTA_DRIVER",
     "",
-    "shared library with VTA's C interface that runs what was compiled for VTA; default: -driver of the target, "
-    "else the simulator",
+    "shared library with VTA's C interface that runs what was compiled for VTA; default: -driver of the "
+    "target, else the simulator",
 )
 CACHE = Setting("VITQ_CACHE", "", "folder for downloads that can be made again; default ~/.cache/tvm-vitq")
 

@@ -137,8 +137,7 @@ def _malformed(text: str, part: str) -> VitqError:
 def _unknown_kind(kind: Any, target: Any, aliases: Sequence[str]) -> VitqError:
     if kind in NOT_YET:
         return VitqError(
-            f"target kind {kind!r} is not available yet: this version compiles for x86-64 and AArch64 CPUs, and "
-            "for VTA beside them",
+            f"target kind {kind!r} is not available yet: this version compiles for x86-64, AArch64 and VTA",
             where="target",
             got=target,
             expected='"llvm ..." or one of ' + ", ".join(aliases),

@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-t",
         "--target",
         default="llvm",
-        help='"llvm" (this machine, default), "aarch64-dotprod", "x86-avx2", "vta" or "vta -config=FILE.json", or TVM\'s classic strings: '
+        help='"llvm" (this machine, default), "aarch64-dotprod", "x86-avx2", "vta", "vta -config=FILE.json", '
+        "or TVM's classic strings: "
         '"llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a76"; `vitq doctor` lists the instruction sets',
     )
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="library to write (.so)")

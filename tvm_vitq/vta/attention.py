@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from tvm_vitq.numerics import Array
 from tvm_vitq.vta.assembler import Assembler
 from tvm_vitq.vta.blocks import Matrix, constant_matrix
@@ -78,7 +76,9 @@ def scores_launch(
     def layer(part: int, head: int) -> tuple[Matrix, Epilogue]:
         """Weights and epilogue of q, k or v of a head."""
         start = part * channels + head * heads.width
-        return _rows(weights, start, heads.width, block), epilogue.of_channels(slice(start, start + heads.width))
+        return _rows(weights, start, heads.width, block), epilogue.of_channels(
+            slice(start, start + heads.width)
+        )
 
     def product(left: Matrix, right: Matrix, outs: list[Matrix], to: Epilogue, where: Contexts) -> Product:
         rows = heads.width if to.by_rows else heads.tokens
@@ -86,8 +86,8 @@ def scores_launch(
 
     for image in range(heads.batch):
         (inputs,), (both,), (values,) = (o.matrices(image, block) for o in (x, qk, v))
-        # The sums of scores keep the store stage busy, layers the multipliers: these of a head go with those of
-        # the next one, and what is left for the last head is v.
+        # The sums of scores keep the store stage busy, layers the multipliers: the scores of a head go with
+        # the layers of the next one, those of the last with v.
         scoring: list[Product] = []
         for head in range(heads.heads):
             q, k = (_columns(both, start + head * heads.width, heads.width, block) for start in (0, channels))

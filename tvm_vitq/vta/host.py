@@ -21,15 +21,12 @@ from tvm_vitq.vta.program import PlacedProgram, Program
 LAUNCH = "vitq.vta.launch"
 """The packed function that runs a launch: its number, inputs, results."""
 
-PROGRAM = "vitq_vta_program"
-"""Function of a library that returns its program, uint8 of `Program.to_bytes`."""
-
 _calling = threading.local()
 """`accelerator`, the one of the library that this thread calls."""
 
 
 class Accelerator:
-    """A library's program on its device.
+    """A library's program on its device. To be made before a virtual machine that launches.
 
     Parameters
     ----------
@@ -46,6 +43,7 @@ class Accelerator:
         self._inputs = {name: len(launch.inputs) for name, launch in program.launches.items()}
         self._placed = PlacedProgram(program, _device(program.config, driver))
         weakref.finalize(self, self._placed.close)
+        ffi.runtime().register_global_func(LAUNCH, _launch, override=True)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -65,11 +63,6 @@ class Accelerator:
             np.copyto(_writable(out), result.reshape(out.shape))
 
 
-def register() -> None:
-    """Makes `LAUNCH` known to TVM, before a virtual machine that calls it is made."""
-    ffi.runtime().register_global_func(LAUNCH, _launch, override=True)
-
-
 def _launch(number: Any, *tensors: Any) -> None:
     arrays = [np.from_dlpack(tensor) for tensor in tensors]
     _calling.accelerator.launch(int(np.from_dlpack(number)), arrays)
@@ -82,4 +75,4 @@ def _device(config: VtaConfig, driver: str) -> Device:
 def _writable(array: Array) -> Array:
     """The same memory; NumPy gives what DLPack lends read-only."""
     memory = (ctypes.c_char * array.nbytes).from_address(array.ctypes.data)
-    return np.frombuffer(memory, array.dtype).reshape(array.shape)
+    return np.frombuffer(memoryview(memory), array.dtype).reshape(array.shape)

@@ -43,8 +43,8 @@ def listing(program: Iterable[Instruction], buffers: Iterable[str] = ()) -> Iter
     ----------
     buffers : name of the memory that each instruction transfers to or from; "dram" if there are none.
     """
-    pairs = itertools.zip_longest(program, buffers, fillvalue="dram")
-    for position, (instruction, buffer) in enumerate(pairs):
+    names = itertools.chain(buffers, itertools.repeat("dram"))
+    for position, (instruction, buffer) in enumerate(zip(program, names, strict=False)):
         at = stage(instruction)
         parts = [_operation(instruction, buffer), *filter(None, [_tokens(instruction, at)])]
         yield f"{position:6d} {at.name.lower() if at is not None else '?':8s}{' | '.join(parts)}"

@@ -99,7 +99,6 @@ class _Open:
             "src_inner": step if src is None else src_row * self.size,
         }
 
-
     def fill(self, asm: Assembler) -> dict[str, Any]:
         """Loops over the rows that only fill up the last block."""
         row = self.elements(np.arange(self.useful, self.operated))
@@ -290,7 +289,7 @@ class Product:
         return self._held[2]
 
     def _finish(self, tile: _Open) -> None:
-        """Bias, shift, limits. Without these the products' sums can be stored, but not the rows that have none."""
+        """Bias, shift, limits. Without any, sums of products can be stored, but not rows that have none."""
         operations = list(self._operations(tile))
         if not operations and tile.operated > tile.useful:
             self.asm.loop(Alu(op=AluOp.SHR, immediate=0, **tile.fill(self.asm)))
@@ -362,7 +361,9 @@ def in_turns(*lists: Sequence[Product]) -> None:
 def _weighted(products: Sequence[Product]) -> Iterator[float]:
     """The cycles of each tile, once it is emitted."""
     for product in products:
-        tiles = -(-product.sizes.rows // product.tile.rows) * -(-product.sizes.columns // product.tile.columns)
+        tiles = -(-product.sizes.rows // product.tile.rows) * -(
+            -product.sizes.columns // product.tile.columns
+        )
         for _ in product.steps():
             yield _work(product) / tiles
 

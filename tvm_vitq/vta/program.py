@@ -122,8 +122,8 @@ def _operand_to_json(operand: Operand, place: Mapping[Buffer, int]) -> list[Any]
 
 
 def _operand_from_json(data: list[Any], buffers: list[Buffer]) -> Operand:
-    planes, *rest, order = data
-    return Operand(tuple(buffers[plane] for plane in planes), *rest, tuple(order))
+    planes, count, rows, columns, dtype, order = data
+    return Operand(tuple(buffers[plane] for plane in planes), count, rows, columns, dtype, tuple(order))
 
 
 class PlacedProgram:

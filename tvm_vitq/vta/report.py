@@ -20,7 +20,7 @@ def vta_report(program: Program, notes: Mapping[str, str]) -> dict[str, Any]:
     """
     config = program.config
     placed = PlacedProgram(program, SimulatedDevice(config))
-    launches = []
+    launches: list[dict[str, Any]] = []
     for name, launch in program.launches.items():
         cycles = placed.cycles(name)
         launches.append(

@@ -46,7 +46,7 @@ class Size:
     constants: int = 0
 
     @property
-    def each(self) -> int:
+    def each(self) -> float:
         """Cycles of the compute stage for each accumulator."""
         return self.depth * self.passes + self.operations + self.planes - 1 + self.passes - 1
 

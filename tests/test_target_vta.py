@@ -1,0 +1,214 @@
+"""Models compiled for VTA: the logits of the NumPy reference, on the simulator and behind the C interface."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from timm.models.vision_transformer import VisionTransformer
+from vta_stand_in import build, give_machine, simulated
+
+import tvm_vitq
+from tvm_vitq import targets
+from tvm_vitq.cli import main
+from tvm_vitq.errors import VitqError
+from tvm_vitq.quantized_model import QuantizedModel
+from tvm_vitq.vta.config import VtaConfig
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    """A small ViT, by recipe and bits."""
+    import torch
+
+    made: dict[tuple, QuantizedModel] = {}
+
+    def make(recipe: str = "p2-vit", bits: str = "w8a8", batch: int = 1, **sizes) -> QuantizedModel:
+        key = (recipe, bits, batch, *sizes.items())
+        if key not in made:
+            torch.manual_seed(0)
+            shape = {"embed_dim": 48, "num_heads": 3, "depth": 1, **sizes}
+            model = VisionTransformer(img_size=SIZE, patch_size=8, num_classes=10, **shape)
+            images = np.random.default_rng(0).standard_normal((16, 3, SIZE, SIZE)).astype(np.float32)
+            made[key] = tvm_vitq.quantize(
+                model, bits=bits, recipe=recipe, calibration=images, input_shape=(batch, 3, SIZE, SIZE)
+            )
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def exported(quantized, tmp_path):
+    """A library file of the small ViT."""
+    return tvm_vitq.compile(quantized(), "vta").export_library(tmp_path / "vta.so")
+
+
+def images_for(model: QuantizedModel) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal(model.input_shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits", "batch"),
+    [
+        ("p2-vit", "w8a8", 1),
+        ("p2-vit", "w4a4", 2),
+        ("percentile", "w8a8", 1),
+        ("minmax", "w4a4", 2),
+        ("repq-vit", "w8a8", 1),
+    ],
+)
+def test_logits_are_those_of_the_reference(quantized, recipe, bits, batch):
+    model = quantized(recipe, bits, batch)
+    images = images_for(model)
+    library = tvm_vitq.compile(model, "vta")
+    assert np.array_equal(library(images), model.reference(images))
+    report = library.report["vta"]
+    launched = {row["name"] for row in report["launches"]}
+    layers = {"patch_embed.proj", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "head"}
+    attention = set() if report["on_host"] else {"blocks.0.attn"}
+    assert {name.removeprefix("blocks.0.") for name in launched - attention} == layers
+    if recipe == "p2-vit":
+        assert not report["on_host"], "all products of a shift plan, attention's too"
+        assert report["macs"] == library.report["macs"]
+    assert all(row["cycles"] > 0 for row in report["launches"])
+    assert report["cycles"] == sum(row["cycles"] for row in report["launches"])
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+def test_the_same_behind_the_c_interface(quantized, tmp_path, monkeypatch, bits):
+    """The driver that the environment names, and the one that the target does."""
+    model = quantized("p2-vit", bits)
+    images = images_for(model)
+    driver = build(tmp_path / "libvta.so")
+    stand_in = simulated(driver)
+    library = tvm_vitq.compile(model, f"vta -driver={driver}")
+    assert np.array_equal(library(images), model.reference(images))
+    flushed = stand_in.StandInFlushed()
+    assert flushed > 0
+    monkeypatch.setenv("VITQ_VTA_DRIVER", str(driver))
+    file = tvm_vitq.compile(model, "vta").export_library(tmp_path / "vta.so")
+    assert np.array_equal(tvm_vitq.load_library(file)(images), model.reference(images))
+    assert stand_in.StandInFlushed() > flushed
+
+
+def test_a_file_holds_everything(quantized, exported):
+    model = quantized()
+    images = images_for(model)
+    first, second = tvm_vitq.load_library(exported), tvm_vitq.load_library(exported)
+    assert np.array_equal(first(images), model.reference(images))
+    assert np.array_equal(second(-images), model.reference(-images)), "each has a machine of its own"
+    assert np.array_equal(first(images), model.reference(images))
+    assert first.info.target == targets.parse("vta")
+    again = first.export_library(exported.with_name("again.so"))
+    assert again.read_bytes() == exported.read_bytes()
+    assert [kernel.name for kernel in first.profile(images, repeat=1)]
+
+
+def test_another_configuration(quantized, tmp_path):
+    """Half the scratchpads, on a board: other tiles, the same logits."""
+    model = quantized()
+    small = VtaConfig("ultra96", 4, 14, 14, 17, 16)
+    (tmp_path / "small.json").write_text(json.dumps(small.to_json()))
+    library = tvm_vitq.compile(model, f"vta -config={tmp_path / 'small.json'}")
+    assert library.info.target.vta == small
+    assert library.report["vta"]["megahertz"] == 333
+    images = images_for(model)
+    assert np.array_equal(library(images), model.reference(images))
+    assert targets.parse({"kind": "vta", "config": small.to_json()}) == library.info.target
+
+
+def test_what_stays_on_the_host_says_why(quantized):
+    """A plan whose q, k and v are no shifts, and heads of a width that is no block."""
+    for model, reason in (
+        (quantized("percentile", "w8a8"), "no shifts of sums"),
+        (quantized("p2-vit", "w8a8", 1, num_heads=2), "heads of whole blocks"),
+    ):
+        report = tvm_vitq.compile(model, "vta").report["vta"]
+        assert reason in report["on_host"]["blocks.0.attn"]
+
+
+def test_command_line(quantized, tmp_path, capsys):
+    """`vitq build` reports every launch, `vitq inspect` lists its instructions."""
+    quantized().save(tmp_path / "vit.vitq")
+    library = tmp_path / "vit.so"
+    assert main(["build", str(tmp_path / "vit.vitq"), "-t", "vta", "-o", str(library)]) == 0
+    built = capsys.readouterr().out
+    assert "utilization" in built and "blocks.0.attn.qkv" in built
+    assert main(["inspect", str(library)]) == 0
+    assert "blocks.0.attn.qkv" in capsys.readouterr().out
+    assert main(["inspect", str(library), "--vta", "--site", "*.fc?"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.endswith(":")] == ["blocks.0.mlp.fc1:", "blocks.0.mlp.fc2:"]
+    assert sum(line.endswith("finish") for line in lines) == 2
+    assert any("<- blocks.0.mlp.fc2 weight[" in line for line in lines)
+    for arguments, words in (
+        (["inspect", str(library), "--vta", "--site", "blocks.0.mlp.fc"], "blocks.0.mlp.fc1"),
+        (["inspect", str(tmp_path / "vit.vitq"), "--vta"], "a library that was built for"),
+        (
+            ["build", str(tmp_path / "vit.vitq"), "-t", "vta -confg=a", "-o", str(library)],
+            "did you mean -config",
+        ),
+    ):
+        assert main(arguments) == 2
+        assert words in capsys.readouterr().err
+
+
+def broken_config(tmp_path, **change):
+    data = {**VtaConfig().to_json(), **change}
+    file = tmp_path / "vta.json"
+    file.write_text(json.dumps(data))
+    return f"vta -config={file}"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"LOG_BATCH": 1}, "one row for each element"),
+        ({"LOG_ACC_BUFF_SIZE": 20}, "instruction format"),
+        ({"TARGET": "pinq"}, "unknown VTA TARGET"),
+        ({"LOG_INP_BUF_SIZE": 15}, "LOG_INP_BUFF_SIZE"),
+    ],
+)
+def test_configurations_that_cannot_be(tmp_path, change, words):
+    with pytest.raises(VitqError, match=words):
+        targets.parse(broken_config(tmp_path, **change))
+
+
+def test_a_machine_too_small_for_a_layer(quantized, tmp_path):
+    """What no tile fits stays on the host, with the reason."""
+    model = quantized()
+    library = tvm_vitq.compile(model, broken_config(tmp_path, LOG_WGT_BUFF_SIZE=9, LOG_INP_BUFF_SIZE=9))
+    assert "no tile of the product fits VTA" in library.report["vta"]["on_host"]["blocks.0.mlp.fc1"]
+    images = images_for(model)
+    assert np.array_equal(library(images), model.reference(images))
+
+
+def test_drivers_that_fail(exported, quantized, tmp_path, monkeypatch):
+    """Each is an error with the reason, after which another driver, or the simulator, may be tried."""
+    images = images_for(quantized())
+    expected = quantized().reference(images)
+    drivers = {
+        "cannot load": tmp_path / "missing.so",
+        "lacks functions": build(tmp_path / "lacking.so", "LACKS_RUN"),
+        "finds no machine": build(tmp_path / "none.so", "NO_MACHINE"),
+        "reports an error": build(tmp_path / "failing.so"),
+    }
+    kept = give_machine(drivers["reports an error"], lambda address, count: 3)
+    for words, driver in drivers.items():
+        monkeypatch.setenv("VITQ_VTA_DRIVER", str(driver))
+        with pytest.raises(VitqError, match=words):
+            tvm_vitq.load_library(exported)(images)
+    assert kept
+    monkeypatch.delenv("VITQ_VTA_DRIVER")
+    assert np.array_equal(tvm_vitq.load_library(exported)(images), expected)
+
+
+def test_sizes_of_launches_grow_with_the_batch(quantized):
+    one, two = (tvm_vitq.compile(quantized("p2-vit", "w4a4", batch), "vta").report["vta"] for batch in (1, 2))
+    assert all(a["macs"] < b["macs"] for a, b in zip(one["launches"], two["launches"], strict=True))
+    assert all(a < b for a, b in pairwise((0, one["cycles"], two["cycles"])))
