@@ -26,6 +26,9 @@ from tvm_vitq.relax_passes.lower_elementwise import clip, round_to_int32
 BYTE_OFFSET = 128
 """What bytes of p lose to fit int8."""
 
+NEGATED_MAX = 2**15 + 128
+"""Largest p of which ``-p`` is two signed bytes, ``256 h + l``: powers of two down from 2**15 among them."""
+
 
 def _int(value: int) -> Expr:
     return tirx.const(value, "int32")
@@ -159,41 +162,48 @@ def _codebook(info: dict[str, Any], distance: te.Tensor, edges: te.Tensor, value
 
 
 def int_byte(info: dict[str, Any], p: te.Tensor) -> te.Tensor:
-    """A byte of p as int8, less BYTE_OFFSET: `byte` 0 is the lowest."""
-    shift = _int(8 * info["byte"])
-    return te.compute(
-        p.shape,
-        lambda *i: tirx.Cast("int8", ((_wide(p(*i)) >> shift) & _int(255)) - _int(BYTE_OFFSET)),
-        name="int_byte",
-    )
+    """A byte of p as int8, less BYTE_OFFSET: `byte` 0 is the lowest. If `negated`, a digit of ``-p``: the
+    the low one is -128 to 127 and the high one has the sign.
+    """
+    byte, offset = info["byte"], _int(BYTE_OFFSET)
+
+    def element(*i: Expr) -> Expr:
+        value = offset - _wide(p(*i)) if info["negated"] else _wide(p(*i))
+        if info["negated"] and byte:
+            return tirx.Cast("int8", value >> _int(8))
+        return tirx.Cast("int8", ((value >> _int(8 * byte)) & _int(255)) - offset)
+
+    return te.compute(p.shape, element, name="int_byte")
 
 
 def int_values(
     info: dict[str, Any],
     acc: te.Tensor,
     p: te.Tensor,
-    codes: te.Tensor,
     multiplier: te.Tensor,
     zero_v: te.Tensor,
     zero_point: te.Tensor,
+    *codes: te.Tensor,
 ) -> te.Tensor:
     """Result of attention, [B, T, H D] of the operator's dtype.
 
-    acc : int32 [B, T, H D], sums of (p - offset) v, `offset` that of all bytes;  p : [B, H, T, T];
-    codes : int8 [B, H D, T] of v;  multiplier : float32 [H], or int32 shifts of a shift plan;
-    zero_v, zero_point : int32 [H].
+    acc : int32 [B, T, H D], sums of (p - offset) v, `offset` that of all bytes; if `negated`, of -p v.
+    p : [B, H, T, T];  multiplier : float32 [H], or int32 shifts of a shift plan;
+    zero_v, zero_point : int32 [H];  codes : int8 [B, H D, T] of v, where an offset or p's zero needs them.
     """
     batch, tokens, channels = (int(size) for size in acc.shape)
     heads = int(p.shape[1])
     width = channels // heads
     p_sum = _row(p, lambda *i: _wide(p(*i)), te.sum, "p_sum")
-    v_sum = _row(codes, lambda *i: _wide(codes(*i)), te.sum, "v_sum")
+    v_sums = [_row(v, lambda *i, v=v: _wide(v(*i)), te.sum, "v_sum") for v in codes]
     prob_zero = info.get("prob_zero", 0)
 
     def element(b: Expr, t: Expr, c: Expr) -> Expr:
         h = tirx.floordiv(c, _int(width))
         row = p_sum[b, h, t] - _int(prob_zero * tokens)
-        o = acc[b, t, c] + _int(info["offset"] - prob_zero) * v_sum[b, c] - zero_v[h] * row
+        o = (-acc[b, t, c] if info["negated"] else acc[b, t, c]) - zero_v[h] * row
+        for v_sum in v_sums:
+            o = o + _int(info["offset"] - prob_zero) * v_sum[b, c]
         if info.get("kind") == "shift":
             wide = tirx.Cast("int64", o)
             s = tirx.Cast("int64", multiplier[h])

@@ -10,6 +10,7 @@ with the reason in `notes`.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,13 @@ from tvm.ir import Call, Expr, Var
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.graph import value_of
+from tvm_vitq.integerize.codebook import largest_total
 from tvm_vitq.numerics import Array, Output
+from tvm_vitq.numerics_attention import Probabilities
 from tvm_vitq.ops import attrs, call, dtype_of, op_name, probabilities_of, shape_of
-from tvm_vitq.relax_passes.attention_expressions import BYTE_OFFSET
+from tvm_vitq.relax_passes.attention_expressions import BYTE_OFFSET, NEGATED_MAX
 from tvm_vitq.relax_passes.rewriter import Rewriter, constant
-from tvm_vitq.vta.attention import Heads, scores_launch, values_launch
+from tvm_vitq.vta.attention import Heads, largest_code, scores_launch, values_launch
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.host import LAUNCH
 from tvm_vitq.vta.linear import LARGEST_SUM, Conversion, conversion, linear_launch
@@ -119,7 +122,12 @@ class _Offload(Rewriter):
         layer = self.definition(node.args[0])
         qkv, codes, made = attrs(layer)["site"], layer.args[0], _conversion(layer, attrs(layer))
         first, v = scores_launch(qkv, heads, value_of(layer.args[1]), made.epilogue, self.config)
-        second = values_launch(info["site"], heads, v, probs.planes, self.config)
+        digits = Digits.of(probs, tokens)
+        second = values_launch(
+            info["site"], heads, v, probs.planes, digits.largest * largest_code(made.epilogue), self.config
+        )
+        if not digits.needs_v:
+            first.outputs.pop()
         squares = (batch * count, tokens, tokens)
         given = self.shaped(codes, (batch, tokens, shape_of(codes)[-1]), qkv)
         results = [
@@ -127,7 +135,7 @@ class _Offload(Rewriter):
             ((batch, tokens, 2 * heads.channels), "int8"),
             ((batch, heads.channels, tokens), "int8"),
         ]
-        acc, both, transposed = self.launch(qkv, first, [given], results)
+        acc, both, *transposed = self.launch(qkv, first, [given], results[: len(first.outputs)])
         shape = {"shape": [batch, count, tokens, tokens]}
         full = [
             constant(np.broadcast_to(value_of(a), (count,)).copy()) for a in (score, zero_q, zero_k, zero_v)
@@ -140,17 +148,43 @@ class _Offload(Rewriter):
         p = self.emit(call("vitq.int_probabilities", [t, *tables], out_dtype=dtype, **quantizer), name)
         parts = []
         for byte in reversed(range(probs.planes)):
-            part = self.emit(call("vitq.int_byte", [p], byte=byte, out_dtype="int8"), name)
+            part = self.emit(
+                call("vitq.int_byte", [p], byte=byte, negated=digits.negated, out_dtype="int8"), name
+            )
             parts.append(self.shaped(part, squares, name))
         (sums,) = self.launch(info["site"], second, parts, [((batch, tokens, heads.channels), "int32")])
-        offset = sum(BYTE_OFFSET << 8 * byte for byte in range(probs.planes))
         scale = np.broadcast_to(value_of(multiplier), (count,))
         if info["kind"] == "shift":
             scale = np.round(-np.log2(scale)).astype(np.int32)
         zero = np.broadcast_to(np.asarray(info["zero_point"], np.int32), (count,))
-        operands = [sums, p, transposed, constant(scale.copy()), zero_v, constant(zero.copy())]
+        operands = [sums, p, constant(scale.copy()), zero_v, constant(zero.copy()), *transposed]
         limits = {key: info[key] for key in ("qmin", "qmax", "kind", "out_dtype", "site")}
-        return call("vitq.int_values", operands, offset=offset, by_row=probs.by_row, **limits, **quantizer)
+        signs = {"offset": digits.offset, "negated": digits.negated, "by_row": probs.by_row}
+        return call("vitq.int_values", operands, **signs, **limits, **quantizer)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """How p is bytes of VTA.
+
+    negated : as digits of -p, else as bytes less an offset each, `offset` in all.
+    largest : bound of the sum of their values' magnitudes over a row.
+    needs_v : whether the host needs v, for the offset or for p's zero point.
+    """
+
+    negated: bool
+    offset: int
+    largest: int
+    needs_v: bool
+
+    @classmethod
+    def of(cls, probs: Probabilities, tokens: int) -> Digits:
+        """Of a quantizer of probabilities of rows of `tokens`."""
+        if probs.planes == 2 and probs.qmax <= NEGATED_MAX:
+            largest = largest_total(replace(probs, zero=0), tokens) if probs.kind == "codebook" else math.inf
+            return cls(True, 0, int(min(tokens * probs.qmax, largest)), probs.zero != 0)
+        offset = sum(BYTE_OFFSET << 8 * byte for byte in range(probs.planes))
+        return cls(False, offset, tokens * offset, True)
 
 
 def _conversion(node: Call, info: dict[str, Any]) -> Conversion:
@@ -195,9 +229,9 @@ def _why_not(node: Call, layer: Expr | None, block: int) -> str | None:
     if not made.finished or made.dtype != "int8":
         return "q, k and v are no shifts of sums"
     tokens = info["shape"][2]
-    planes = probabilities_of(info, [value_of(a) for a in node.args[8:]]).planes
-    if tokens * 256 * sum(BYTE_OFFSET << 8 * byte for byte in range(planes)) > LARGEST_SUM:
-        return f"{tokens} probabilities of {planes} bytes do not fit 32 bits"
+    digits = Digits.of(probabilities_of(info, [value_of(a) for a in node.args[8:]]), tokens)
+    if 2 * digits.largest * largest_code(made.epilogue) > LARGEST_SUM:
+        return f"products with {tokens} probabilities do not fit 32 bits"
     return None
 
 

@@ -94,29 +94,18 @@ def test_attention_in_pieces(kind, batch, out):
     tables = [table for table in (probs.table, probs.edges, probs.values) if table is not None]
     p = run(expressions.int_probabilities, info, t, *tables)
     assert np.array_equal(p, int_probabilities(t, probs))
-    parts = [run(expressions.int_byte, {"byte": n}, p) for n in reversed(range(probs.planes))]
-    whole = sum(part.astype(np.int32) << 8 * n for n, part in enumerate(reversed(parts)))
-    offset = sum(expressions.BYTE_OFFSET << 8 * n for n in range(probs.planes))
-    assert np.array_equal(whole + offset, p)
-    result = run(
-        expressions.int_values,
-        {
-            **info,
-            "offset": offset,
-            "kind": out.kind,
-            "by_row": probs.by_row,
-            "qmin": out.qmin,
-            "qmax": out.qmax,
-            "out_dtype": out.dtype,
-        },
-        rows(whole @ v.astype(np.int32)),
-        p,
-        rows(v).swapaxes(1, 2).copy(),
-        shift if out.kind == "shift" else multiplier,
-        zero_v,
-        zero,
-    )
-    assert np.array_equal(result, rows(expected))
+    arguments = [p, shift if out.kind == "shift" else multiplier, zero_v, zero]
+    limits = {"kind": out.kind, "qmin": out.qmin, "qmax": out.qmax, "out_dtype": out.dtype}
+    for negated in {False, probs.planes == 2 and probs.qmax <= expressions.NEGATED_MAX}:
+        bytes_ = [run(expressions.int_byte, {"byte": n, "negated": negated}, p) for n in range(probs.planes)]
+        whole = sum(part.astype(np.int32) << 8 * n for n, part in enumerate(bytes_))
+        offset = 0 if negated else sum(expressions.BYTE_OFFSET << 8 * n for n in range(probs.planes))
+        assert np.array_equal(whole, -p.astype(np.int32) if negated else p.astype(np.int32) - offset)
+        how = {"offset": offset, "negated": negated, "by_row": probs.by_row}
+        acc = rows(whole @ v.astype(np.int32))
+        codes = [rows(v).swapaxes(1, 2).copy()] if offset != probs.zero else []
+        result = run(expressions.int_values, {**info, **how, **limits}, acc, *arguments, *codes)
+        assert np.array_equal(result, rows(expected))
 
 
 @pytest.mark.parametrize("guard", [0, 5, 8])
@@ -132,3 +121,9 @@ def test_logarithm():
     ).astype(np.int32)
     found = run(lambda _, x: te.compute(x.shape, lambda i: expressions.int_log2(x[i])), {}, x)
     assert np.array_equal(found, int_log2(x))
+
+
+def test_digits_of_negated_probabilities():
+    p = np.arange(expressions.NEGATED_MAX + 1).astype(np.uint16).reshape(1, -1)
+    low, high = (run(expressions.int_byte, {"byte": n, "negated": True}, p) for n in (0, 1))
+    assert np.array_equal(256 * high.astype(int) + low, -p.astype(int))

@@ -25,7 +25,9 @@ def test_attention_around_the_softmax_of_the_host(heads, passes):
     bias = rng.integers(-(2**16), 2**16, 3 * channels)
     shift = rng.integers(9, 12, 3 * channels)
     scores, v = scores_launch("qkv", heads, weight, Epilogue(bias, shift), CONFIG)
-    values = values_launch("attention", heads, v, passes, CONFIG)
+    values = values_launch(
+        "attention", heads, v, passes, 2 * 2 ** (14 + 8 * passes - 8) * heads.tokens, CONFIG
+    )
     program = Program(CONFIG, {"scores": scores, "values": values})
     placed = PlacedProgram(program, SimulatedDevice(CONFIG, megabytes=32))
 

@@ -200,7 +200,7 @@ _register("vitq.int_mean", "integer mean", ["x"], _mean)
 _register("vitq.int_scores", "base-2 scores of q @ k.T", ["acc", "codes", "multiplier"], _scores)
 _register("vitq.int_probabilities", "codes of probabilities of scores", ["t"], _converted)
 _register("vitq.int_byte", "a byte of codes", ["p"], _converted)
-_register("vitq.int_values", "p @ v, requantized", ["acc", "p", "codes"], _converted)
+_register("vitq.int_values", "p @ v, requantized", ["acc", "p"], _converted)
 
 # Integer operators as one kernel runs them, made by fuse_epilogues and fuse_views
 _register(

@@ -59,7 +59,7 @@ def scores_launch(
     x = Operand.made(f"{name} input", (heads.batch, heads.tokens, weight.shape[1]), "int8", block)
     qk = Operand.made(f"{name} q k", (heads.batch, heads.tokens, 2 * channels), "int8", block, written=False)
     v = Operand.made(f"{name} v", (heads.batch, channels, heads.tokens), "int8", block, written=False)
-    sum_ = whole_sums(heads.tokens, heads.width * _largest(epilogue) ** 2)
+    sum_ = whole_sums(heads.tokens, heads.width * largest_code(epilogue) ** 2)
     scores = Operand.made(
         f"{name} scores",
         (heads.batch * heads.heads, heads.tokens, heads.tokens),
@@ -107,14 +107,15 @@ def scores_launch(
     return Launch(assembler.finish(), [x], [scores, qk, v], macs), v
 
 
-def values_launch(name: str, heads: Heads, v: Operand, passes: int, config: VtaConfig) -> Launch:
+def values_launch(
+    name: str, heads: Heads, v: Operand, passes: int, largest: int, config: VtaConfig
+) -> Launch:
     """Bytes of p, int8 [batch * heads, tokens, tokens] each, the highest first, to the sums of ``p v``, int32
-    [batch, tokens, channels].
+    [batch, tokens, channels], which are of at most `largest` in magnitude.
     """
     block = config.block
     shape = (heads.batch * heads.heads, heads.tokens, heads.tokens)
     ps = [Operand.made(f"{name} p {n}", shape, "int8", block) for n in range(passes)]
-    largest = heads.tokens * sum(1 << 14 + 8 * n for n in range(passes))
     sum_ = whole_sums(heads.width, largest)
     out = Operand.made(
         f"{name} sums",
@@ -136,7 +137,7 @@ def values_launch(name: str, heads: Heads, v: Operand, passes: int, config: VtaC
     return Launch(assembler.finish(), ps, [out], macs)
 
 
-def _largest(epilogue: Epilogue) -> int:
+def largest_code(epilogue: Epilogue) -> int:
     """Magnitude of int8 codes."""
     limits = (epilogue.low, epilogue.high)
     return 128 if None in limits else max(abs(limit) for limit in limits if limit is not None)
