@@ -30,27 +30,30 @@ from tvm_vitq.vta.attention import Heads, largest_code, scores_launch, values_la
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.host import LAUNCH
 from tvm_vitq.vta.linear import LARGEST_SUM, Conversion, conversion, linear_launch
+from tvm_vitq.vta.matmul import Choose
 from tvm_vitq.vta.program import Launch, Program
 
 
 class Offload:
-    """The pass, and what it made.
+    """The pass, and what it made. Products get the tiles that `choose` gives, see `matmul.Product`.
 
     program : the launches, numbered in this order.
     notes : layer -> why it stays on the host.
     """
 
-    def __init__(self, config: VtaConfig) -> None:
+    def __init__(self, config: VtaConfig, choose: Choose | None = None) -> None:
+        self.choose = choose
         self.program = Program(config, {})
         self.notes: dict[str, str] = {}
 
     def __call__(self, mod: tvm.IRModule) -> tvm.IRModule:
-        return tvm.IRModule({"main": _Offload(self.program, self.notes).transform(mod["main"])})
+        return tvm.IRModule({"main": _Offload(self.program, self.notes, self.choose).transform(mod["main"])})
 
 
 class _Offload(Rewriter):
-    def __init__(self, program: Program, notes: dict[str, str]) -> None:
+    def __init__(self, program: Program, notes: dict[str, str], choose: Choose | None) -> None:
         super().__init__()
+        self.choose = choose
         self.program, self.notes = program, notes
         self.config = program.config
         self.taken: set[str] = set()
@@ -99,7 +102,7 @@ class _Offload(Rewriter):
             return None  # nothing will read it
         x, weight, made = node.args[0], value_of(node.args[1]), _conversion(node, info)
         rows = math.prod(shape_of(x)[:-1])
-        launch = linear_launch(site, rows, weight, made, self.config)
+        launch = linear_launch(site, rows, weight, made, self.config, self.choose)
         given = self.shaped(x, (1, rows, weight.shape[1]), site)
         (result,) = self.launch(site, launch, [given], [((1, rows, len(weight)), made.dtype)])
         result = self.shaped(result, shape_of(node), site)
@@ -123,9 +126,8 @@ class _Offload(Rewriter):
         qkv, codes, made = attrs(layer)["site"], layer.args[0], _conversion(layer, attrs(layer))
         first, v = scores_launch(qkv, heads, value_of(layer.args[1]), made.epilogue, self.config)
         digits = Digits.of(probs, tokens)
-        second = values_launch(
-            info["site"], heads, v, probs.planes, digits.largest * largest_code(made.epilogue), self.config
-        )
+        largest = digits.largest * largest_code(made.epilogue)
+        second = values_launch(info["site"], heads, v, probs.planes, largest, self.config, self.choose)
         if not digits.needs_v:
             first.outputs.pop()
         squares = (batch * count, tokens, tokens)

@@ -17,7 +17,7 @@ from tvm_vitq.vta.blocks import Matrix, constant_matrix
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.contexts import Contexts
 from tvm_vitq.vta.linear import whole_sums
-from tvm_vitq.vta.matmul import Epilogue, Product, in_turns
+from tvm_vitq.vta.matmul import Choose, Epilogue, Product, in_turns
 from tvm_vitq.vta.operand import Operand
 from tvm_vitq.vta.program import Launch
 
@@ -108,7 +108,13 @@ def scores_launch(
 
 
 def values_launch(
-    name: str, heads: Heads, v: Operand, passes: int, largest: int, config: VtaConfig
+    name: str,
+    heads: Heads,
+    v: Operand,
+    passes: int,
+    largest: int,
+    config: VtaConfig,
+    choose: Choose | None = None,
 ) -> Launch:
     """Bytes of p, int8 [batch * heads, tokens, tokens] each, the highest first, to the sums of ``p v``, int32
     [batch, tokens, channels], which are of at most `largest` in magnitude.
@@ -132,7 +138,7 @@ def values_launch(
             lefts = [p.matrices(image * heads.heads + head, block)[0] for p in ps]
             right = _rows(values, head * heads.width, heads.width, block)
             outs = [_columns(m, head * heads.width, heads.width, block) for m in out.matrices(image, block)]
-            Product(assembler, lefts, right, outs, sum_, None, heads.tokens, name).emit()
+            Product(assembler, lefts, right, outs, sum_, None, heads.tokens, name, choose=choose).emit()
     macs = heads.batch * heads.tokens**2 * heads.channels
     return Launch(assembler.finish(), ps, [out], macs)
 

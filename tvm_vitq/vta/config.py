@@ -53,6 +53,9 @@ KEYS = (
 bytes of scratchpads.
 """
 
+PAGE = 4096
+"""Bytes. Allocations start at multiples, so that every element is aligned to its size."""
+
 UOP_BYTES = 4
 INSTRUCTION_BYTES = 16
 PORTABLE_UOPS = 2048

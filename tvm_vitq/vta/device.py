@@ -8,11 +8,8 @@ import numpy as np
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.config import VtaConfig
+from tvm_vitq.vta.config import PAGE, VtaConfig
 from tvm_vitq.vta.simulator import Simulator
-
-PAGE = 4096
-"""Bytes. Allocations start at multiples, so that every element is aligned to its size."""
 
 
 class Allocation(Protocol):

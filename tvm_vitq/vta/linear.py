@@ -10,7 +10,7 @@ from tvm_vitq.numerics import INDEX_BITS, Array, Output
 from tvm_vitq.vta.assembler import Assembler
 from tvm_vitq.vta.blocks import constant_matrix
 from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.matmul import Epilogue, Product
+from tvm_vitq.vta.matmul import Choose, Epilogue, Product
 from tvm_vitq.vta.operand import Operand
 from tvm_vitq.vta.program import Launch
 
@@ -60,12 +60,20 @@ def whole_sums(count: int, largest: int) -> Epilogue:
     return Epilogue(None, np.zeros(count, np.int64), None, None, planes)
 
 
-def linear_launch(name: str, rows: int, weight: Array, made: Conversion, config: VtaConfig) -> Launch:
+def linear_launch(
+    name: str,
+    rows: int,
+    weight: Array,
+    made: Conversion,
+    config: VtaConfig,
+    choose: Choose | None = None,
+) -> Launch:
     """The launch of a layer: int8 [1, rows, K] to [1, rows, N] of the conversion's dtype.
 
     Parameters
     ----------
     weight : int8 [N, K].
+    choose : see `matmul.Product`.
 
     Raises
     ------
@@ -82,6 +90,6 @@ def linear_launch(name: str, rows: int, weight: Array, made: Conversion, config:
     right = constant_matrix(f"{name} weight", weight, block)
     assembler = Assembler(config)
     left = x.matrices(0, block)
-    product = Product(assembler, left, right, y.matrices(0, block), epilogue, None, rows, name)
+    product = Product(assembler, left, right, y.matrices(0, block), epilogue, None, rows, name, choose=choose)
     product.emit()
     return Launch(assembler.finish(), [x], [y], rows * weight.size)

@@ -6,7 +6,7 @@ A tile's rows are micro-ops, innermost: none is near another one of the same acc
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +16,14 @@ from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
 from tvm_vitq.vta.assembler import Assembler, Buffer
 from tvm_vitq.vta.blocks import Matrix, bias_as_products, filled
-from tvm_vitq.vta.config import Memory
+from tvm_vitq.vta.config import PAGE, Memory
 from tvm_vitq.vta.contexts import Contexts
+from tvm_vitq.vta.cycles import count_cycles
 from tvm_vitq.vta.isa import Alu, AluOp, Gemm
 from tvm_vitq.vta.tiles import Size, Tile, choose_tile, fits
+
+Choose = Callable[["Product"], "Tile | None"]
+"""Gives a product its tile, or leaves it to the estimate."""
 
 LARGEST_SHIFT = 15
 """Of one instruction, to the right."""
@@ -120,7 +124,8 @@ class Product:
     assembler : where to.
     lefts : [rows, depth] blocks each, the bytes of wider operands, the highest first.
     right : [columns, depth] blocks;  outs : a matrix for each plane.
-    tile : what is in the scratchpads at a time; None: the one with the best estimate.
+    tile : what is in the scratchpads at a time; None: the one that `choose` gives, else that with the best
+        estimate.
     rows : rows of `left` that mean something; those behind them in their block become what zeros would.
     name : for messages.
     contexts : where tiles may be; None: in all of the scratchpads.
@@ -141,25 +146,51 @@ class Product:
         rows: int,
         name: str,
         contexts: Contexts | None = None,
+        choose: Choose | None = None,
     ) -> None:
         self.asm, self.config = assembler, assembler.config
         self.lefts, self.right, self.outs, self.epilogue = lefts, right, outs, epilogue
         self.left, self.rows = lefts[0], rows
         self.size = self.config.block
+        self.name = name
         self._prepare(name)
         used = len(self._loaded) * self._constants
         self.sizes = self._sizes(used)
+        tile = tile or (choose and choose(self)) or None
         self.tile = tile or choose_tile(self.sizes, self.config, name, contexts)
         self._contexts = contexts or Contexts(self.config, self.tile.contexts, used)
         if not fits(self.tile, self._contexts, self.config) or used > self._contexts.constants:
             raise VitqError("VTA tile does not fit", where=name, got=self.tile, expected=self.config.text)
-        self._held: tuple[slice, slice, int] | None = None
-        """Rows and columns of blocks of `right` that were loaded last, and where they are."""
+        self._inputs: tuple[Matrix, slice, slice, int] | None = None
+        self._weights: tuple[slice, slice, int] | None = None
+        """What was loaded last, by rows and columns of blocks, and where it is."""
 
     def _sizes(self, constants: int) -> Size:
         sizes = (self.left.rows, self.right.rows, self.left.columns)
         cycles = 1 + bool(self._bias) + self._cycles_of_operations()
         return Size(*sizes, cycles, len(self.lefts), len(self.outs), constants)
+
+    @property
+    def signature(self) -> str:
+        """What products have in common for which the same tile is the best."""
+        size = self.sizes
+        return (
+            f"{size.rows}x{size.columns}x{size.depth}_rows{self.rows}_alu{size.operations:.3g}"
+            f"_passes{size.passes}_planes{size.planes}_constants{size.constants}"
+        )
+
+    def cycles(self, tile: Tile) -> int:
+        """Of the product alone under another tile, by the cycle model.
+
+        Raises
+        ------
+        VitqError : it does not fit.
+        """
+        asm = Assembler(self.config)
+        Product(asm, self.lefts, self.right, self.outs, self.epilogue, tile, self.rows, self.name).emit()
+        stream = asm.finish()
+        ends = np.cumsum([0, *(-(-buffer.size // PAGE) * PAGE for buffer in stream.buffers)])
+        return count_cycles(stream.placed(ends.tolist(), self.config), self.config).total
 
     def emit(self) -> None:
         """The whole product."""
@@ -167,33 +198,38 @@ class Product:
             pass
 
     def steps(self) -> Iterator[None]:
-        """The product: rows of tiles, in them columns, in them parts of the sum; a pause behind each tile."""
+        """The product, tile by tile, in them parts of the sum; a pause behind each tile."""
         for table, base in self._loaded:
             self.asm.settle(range(base, base + self._constants))
             self.asm.load(Memory.ACC, base, table, 0, 1, self._constants, self._constants)
         if self._bias:
             self.asm.load(Memory.INP, self.config.depth(Memory.INP) - 1, self._bias[0], 0, 1, 1, 1)
-        whole = self.tile.depth >= self.left.columns and len(self.lefts) == 1
-        for rows in _cut(self.left.rows, self.tile.rows):
-            inputs = self._load_left(self.left, rows, slice(0, self.left.columns)) if whole else 0
-            for columns in _cut(self.right.rows, self.tile.columns):
-                tile = self._open(rows, columns)
-                self.asm.loop(Gemm(reset=True, **tile.over(self.asm)))
-                if self._bias:
-                    self._add_bias(tile, self._bias[1])
-                for number, left in enumerate(self.lefts):
-                    if number:
-                        self.asm.loop(Alu(op=AluOp.SHR, immediate=-8, **tile.over(self.asm)))
-                    for depth in _cut(left.columns, self.tile.depth):
-                        if not whole:
-                            inputs = self._load_left(left, rows, depth)
-                        self._multiply(tile, inputs, depth)
-                self.asm.advance()
-                self._finish(tile)
-                stores = self._store(tile)
-                next(stores)
-                self.asm.defer(tile.accumulators, stores)
-                yield
+        for rows, columns in self._order():
+            tile = self._open(rows, columns)
+            self.asm.loop(Gemm(reset=True, **tile.over(self.asm)))
+            if self._bias:
+                self._add_bias(tile, self._bias[1])
+            for number, left in enumerate(self.lefts):
+                if number:
+                    self.asm.loop(Alu(op=AluOp.SHR, immediate=-8, **tile.over(self.asm)))
+                for depth in _cut(left.columns, self.tile.depth):
+                    self._multiply(tile, self._load_left(left, rows, depth), depth)
+            self.asm.advance()
+            self._finish(tile)
+            stores = self._store(tile)
+            next(stores)
+            self.asm.defer(tile.accumulators, stores)
+            yield
+
+    def _order(self) -> Iterator[tuple[slice, slice]]:
+        """Rows and columns of each tile."""
+        rows, columns = (
+            list(_cut(count, step))
+            for count, step in ((self.left.rows, self.tile.rows), (self.right.rows, self.tile.columns))
+        )
+        if self.tile.rows_last:
+            return ((row, column) for column in columns for row in rows)
+        return itertools.product(rows, columns)
 
     def _open(self, rows: slice, columns: slice) -> _Open:
         """A tile in the context whose turn it is, once everything in it is stored."""
@@ -242,15 +278,18 @@ class Product:
             self._base[which] = top
 
     def _load_left(self, left: Matrix, rows: slice, depth: slice) -> int:
-        base, width = self._contexts.next(Memory.INP).start, depth.stop - depth.start
-        first = left.block(rows.start, depth.start) * self.size
-        height, stride = rows.stop - rows.start, left.stride * self.size
-        self.asm.load(Memory.INP, base, left.buffer, first, height, width * self.size, stride)
-        return base
+        """Where inputs are; those that the tile before has used are still there."""
+        if self._inputs is None or self._inputs[:3] != (left, rows, depth):
+            base, width = self._contexts.next(Memory.INP).start, depth.stop - depth.start
+            first = left.block(rows.start, depth.start) * self.size
+            height, stride = rows.stop - rows.start, left.stride * self.size
+            self.asm.load(Memory.INP, base, left.buffer, first, height, width * self.size, stride)
+            self._inputs = (left, rows, depth, base)
+        return self._inputs[3]
 
     def _add_bias(self, tile: _Open, weights: Buffer) -> None:
         """The bias as one more product, of an input that is the same in all rows."""
-        held = self._held  # with their bias, where one part of the sum is all
+        held = self._weights  # with their bias, where one part of the sum is all
         same = held is not None and held[:2] == (tile.columns, slice(0, self.left.columns))
         base = held[2] if held and same else self._contexts.next(Memory.WGT, turn=False).start
         wgt = base + self.tile.columns * self.tile.depth
@@ -280,13 +319,13 @@ class Product:
 
     def _load_right(self, tile: _Open, depth: slice) -> int:
         """Where the weights of a tile are; those that the tile before has used are still there."""
-        if self._held is None or self._held[:2] != (tile.columns, depth):
+        if self._weights is None or self._weights[:2] != (tile.columns, depth):
             wgt = self._contexts.next(Memory.WGT).start
             first = self.right.block(tile.columns.start, depth.start)
             deep = depth.stop - depth.start
             self.asm.load(Memory.WGT, wgt, self.right.buffer, first, tile.width, deep, self.right.stride)
-            self._held = (tile.columns, depth, wgt)
-        return self._held[2]
+            self._weights = (tile.columns, depth, wgt)
+        return self._weights[2]
 
     def _finish(self, tile: _Open) -> None:
         """Bias, shift, limits. Without any, sums of products can be stored, but not rows that have none."""

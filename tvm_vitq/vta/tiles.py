@@ -20,12 +20,15 @@ class Tile:
 
     rows, columns : of the result;  depth : of the sum.
     contexts : 2, or 1 to see what overlapping is worth.
+    rows_last : whether the next tile is the one below, for which weights stay, instead of the one beside,
+        for which inputs do.
     """
 
     rows: int
     columns: int
     depth: int
     contexts: int = 2
+    rows_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,12 @@ def tiles(size: Size, config: VtaConfig, contexts: Contexts | None = None) -> It
     """
     given = [contexts] if contexts else [Contexts(config, count, size.constants) for count in CONTEXTS]
     rows, columns, depths = (_pieces(count) for count in (size.rows, size.columns, size.depth))
-    for row, column, depth, where in itertools.product(rows, columns, depths, given):
-        tile = Tile(row, column, depth, where.count)
-        if fits(tile, where, config):
+    for row, column, depth, where, rows_last in itertools.product(
+        rows, columns, depths, given, (False, True)
+    ):
+        tile = Tile(row, column, depth, where.count, rows_last)
+        matters = row < size.rows and column < size.columns
+        if (matters or not rows_last) and fits(tile, where, config):
             yield tile
 
 
@@ -91,15 +97,16 @@ def estimate(size: Size, tile: Tile, config: VtaConfig, alone: bool = True) -> f
     count = row_tiles * column_tiles
     entries = size.rows * size.columns * block
     inp, wgt, out = (config.element_bytes(m) / bus for m in (Memory.INP, Memory.WGT, Memory.OUT))
-    whole = parts == 1
+    # Operands stay for the next tile where the loops allow it, weights also for all left operands.
+    lefts = rights = count * parts
+    if parts == 1:
+        lefts = row_tiles if not tile.rows_last or row_tiles == 1 else count
+    if deep == 1:
+        rights = column_tiles if tile.rows_last or column_tiles == 1 else count
     start = LOAD_START + FIRST_BURST
-    left = size.rows * size.depth * size.passes * block * inp * (1 if whole else column_tiles)
-    left += (row_tiles if whole else count * parts) * (start + tile.rows * NEXT_BURST)
-    kept = deep == 1  # for all left operands, and from tile to tile if there is but one of columns
-    loads = (1 if column_tiles == 1 else count) if kept else count * parts
-    right = loads * size.columns / column_tiles * size.depth / deep * wgt
-    right += loads * (start + tile.columns * NEXT_BURST)
-    load = left + right
+    each_left = size.rows / row_tiles * size.depth / deep * block * inp + start + tile.rows * NEXT_BURST
+    each_right = size.columns / column_tiles * size.depth / deep * wgt + start + tile.columns * NEXT_BURST
+    load = lefts * each_left + rights * each_right
     loops = count * (parts + size.operations + size.planes - 1 + size.passes - 1)
     compute = entries * size.each + loops * LOOP_START
     store = size.planes * (entries * (out + 1) + count * (STORE_START + tile.rows * STORE_BURST))
