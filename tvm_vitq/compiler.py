@@ -20,7 +20,7 @@ from tvm_vitq.render import kernels_text
 from tvm_vitq.report import assembly, build_report
 from tvm_vitq.runtime import Library
 from tvm_vitq.targets import TargetProfile, parse
-from tvm_vitq.tuning.apply import TunedSchedules, find_runs
+from tvm_vitq.tuning.apply import TunedSchedules, TunedTiles, find_runs
 from tvm_vitq.vta.report import vta_report
 
 PACKAGES = ("tvm-vitq", "apache-tvm", "apache-tvm-ffi", "torch", "timm", "numpy")
@@ -36,8 +36,9 @@ def compile_library(
     """See tvm_vitq.compile."""
     check_weights(weights)
     profile = parse(target)
-    schedules = TunedSchedules(find_runs(profile, tuning_logs), profile.threads)
-    offload = Offload(profile.vta) if profile.vta else None
+    runs = find_runs(profile, tuning_logs)
+    schedules, tiles = TunedSchedules(runs, profile.threads), TunedTiles(runs)
+    offload = Offload(profile.vta, tiles) if profile.vta else None
     start = time.perf_counter()
     with profile.target:
         passes = lower_passes(profile, schedules, weights == "packed", offload)
@@ -46,7 +47,7 @@ def compile_library(
     seconds = time.perf_counter() - start
     report = build_report(quantized, lowered, executable, profile, seconds, schedules)
     if offload:
-        report |= vta_report(offload.program, offload.notes)
+        report |= vta_report(offload.program, offload.notes, tiles.tuned)
     _show(profile, lowered, executable, report)
     info = LibraryInfo(
         model=quantized.name,

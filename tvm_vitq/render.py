@@ -111,10 +111,22 @@ def vta_texts(vta: Mapping[str, Any] | None) -> list[str]:
             *(f"{100 * row['busy'][stage]:.0f} %" for stage in ("load", "compute", "store")),
             size(sum(row["read"].values())),
             size(row["written"]),
+            row["schedule"],
         )
         for row in vta["launches"]
     ]
-    headers = ("launch", "M MACs", "cycles", "utilization", "load", "compute", "store", "read", "written")
+    headers = (
+        "launch",
+        "M MACs",
+        "cycles",
+        "utilization",
+        "load",
+        "compute",
+        "store",
+        "read",
+        "written",
+        "tile",
+    )
     kept = [f"on the host: {layer}: {reason}" for layer, reason in vta["on_host"].items()]
     return [fields(head), table(headers, rows), *kept]
 

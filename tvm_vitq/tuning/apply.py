@@ -12,13 +12,24 @@ from tvm_vitq.relax_passes.lower_kernels import Site
 from tvm_vitq.schedules.space import scheduled
 from tvm_vitq.targets import TargetProfile
 from tvm_vitq.tuning.records import Record, Run, best, read_run, target_name
+from tvm_vitq.vta.config import VtaConfig
+from tvm_vitq.vta.matmul import Product
+from tvm_vitq.vta.tiles import Tile
 
 FOLDER = "tuning_logs"
 """Where `tvm_vitq.tune` writes and `tvm_vitq.compile` looks, besides what the package brings along."""
 
+VTA_FOLDER = "vta"
+"""In it, that of records for VTA, of any configuration."""
+
+
+def vta_name(config: VtaConfig) -> str:
+    """Names a VTA in records: its sizes, and the board, whose memory port decides as well."""
+    return f"vta-{config.target}-{config.text}"
+
 
 def find_runs(profile: TargetProfile, where: str | os.PathLike[str] | bool | None = None) -> list[Run]:
-    """Runs for a target.
+    """Runs for a target: for VTA if it has one, whose records `where` then means, and for its CPU.
 
     Parameters
     ----------
@@ -29,13 +40,19 @@ def find_runs(profile: TargetProfile, where: str | os.PathLike[str] | bool | Non
     ------
     VitqError : a given place does not exist or has nothing for this target; a damaged file.
     """
+    cpu = target_name(profile)
+    if profile.vta is None:
+        return _find(cpu, cpu, where)
+    return _find(vta_name(profile.vta), VTA_FOLDER, where) + _find(cpu, cpu, where is not False)
+
+
+def _find(name: str, folder: str, where: str | os.PathLike[str] | bool | None) -> list[Run]:
     if where is False:
         return []
-    name = target_name(profile)
     if where is None or where is True:
         package = importlib.import_module("tvm_vitq.tuning_logs")
         places = {Path(place).resolve() for place in (FOLDER, *package.__path__)}
-        files = sorted(file for place in places for file in (place / name).glob("*.jsonl"))
+        files = sorted(file for place in places for file in (place / folder).glob("*.jsonl"))
         return [run for run in map(read_run, files) if run.target == name]
     given = Path(where)
     if not given.exists():
@@ -43,10 +60,11 @@ def find_runs(profile: TargetProfile, where: str | os.PathLike[str] | bool | Non
     if given.is_file():
         files = [given]
     else:
-        files = sorted((given / name).glob("*.jsonl")) or sorted(given.glob("*.jsonl"))
+        files = sorted((given / folder).glob("*.jsonl")) or sorted(given.glob("*.jsonl"))
     runs = [read_run(file) for file in files]
+    own = [run for run in runs if run.target == name]
     others = sorted({run.target for run in runs if run.target != name})
-    if others or not runs:
+    if not own:
         raise VitqError(
             "tuning records of another target" if others else "no tuning records of this target",
             where=given,
@@ -54,7 +72,27 @@ def find_runs(profile: TargetProfile, where: str | os.PathLike[str] | bool | Non
             expected=name,
             fix="tune for this target, or leave tuning_logs out to build with default schedules",
         )
-    return runs
+    return own
+
+
+class TunedTiles:
+    """Chooses for VTA's products: the tile of the best record, or the one with the best estimate.
+
+    Attributes
+    ----------
+    tuned : names of the products that have a record.
+    """
+
+    def __init__(self, runs: list[Run]) -> None:
+        self.records = best(record for run in runs for record in run.records)
+        self.tuned: set[str] = set()
+
+    def __call__(self, product: Product) -> Tile | None:
+        record = self.records.get(product.signature)
+        if record is None:
+            return None
+        self.tuned.add(product.name)
+        return Tile(**record.schedule) if record.schedule is not None else None
 
 
 class TunedSchedules:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tvm_vitq.errors import VitqError
+from tvm_vitq.quantized_model import QuantizedModel
 from tvm_vitq.targets import TargetProfile
 
 FORMAT, FORMAT_VERSION = "tvm-vitq tuning records", 1
@@ -70,6 +72,12 @@ def target_name(profile: TargetProfile) -> str:
     return f"{profile.key}-{profile.mcpu or 'generic'}"
 
 
+def model_name(quantized: QuantizedModel) -> str:
+    """Names the file of a run: model, widths and batch."""
+    model = re.sub(r"[^\w.-]+", "_", quantized.name)
+    return f"{model}-{quantized.plan.bits}-b{quantized.input_shape[0]}"
+
+
 def read_run(path: str | os.PathLike[str]) -> Run:
     """A file of records; VitqError if it is missing, foreign or damaged. An incomplete last line, of a run
     that was killed, is left out.
@@ -94,6 +102,27 @@ def read_run(path: str | os.PathLike[str]) -> Run:
             fix="remove the file, or tune anew",
         ) from error
     return Run(file, str(head["target"]), head["about"], records)
+
+
+def earlier_records(path: Path, resume: bool, target: str) -> list[Record]:
+    """What an earlier run has found.
+
+    Raises
+    ------
+    VitqError : there is one, but it is not to be resumed, or is for another target.
+    """
+    if not path.exists():
+        return []
+    if not resume:
+        raise VitqError(
+            "there are records of such a run already",
+            where=path,
+            fix="go on with it (--resume, resume=True), or remove the file to start anew",
+        )
+    run = read_run(path)
+    if run.target != target:
+        raise VitqError("tuning records of another target", where=path, got=run.target, expected=target)
+    return run.records
 
 
 class Writer:

@@ -20,9 +20,10 @@ from tvm_vitq.quantized_model import QuantizedModel
 from tvm_vitq.targets import TargetProfile, parse
 from tvm_vitq.tuning.apply import FOLDER
 from tvm_vitq.tuning.measuring import Measuring
-from tvm_vitq.tuning.records import Record, Writer, best, read_run, target_name
+from tvm_vitq.tuning.records import Record, Writer, best, earlier_records, model_name, target_name
 from tvm_vitq.tuning.search import Budget, search
 from tvm_vitq.tuning.tasks import Task, find_tasks
+from tvm_vitq.tuning.vta import tune_vta
 from tvm_vitq.tuning.workers import Device
 
 FINALISTS, ROUNDS = 2, 3
@@ -46,10 +47,13 @@ def tune_model(
     profile = parse(target)
     if trials < 1:
         raise VitqError("nothing to try", where="trials", got=trials, expected="at least 1")
+    if profile.vta:
+        how: dict[str, Any] = {"work_dir": work_dir, "resume": resume, "progress": progress}
+        return tune_vta(quantized, profile, trials=trials, seconds=seconds, **how)
     device = Device(read_runner(runner, profile), threads or profile.threads)
     servers = 1 if device.tracker is None else count_servers(device.tracker)
     path = Path(work_dir or FOLDER) / target_name(profile) / f"{run_name(quantized, device)}.jsonl"
-    earlier = _earlier(path, resume, target_name(profile))
+    earlier = earlier_records(path, resume, target_name(profile))
     tasks = find_tasks(quantized, profile, seed)
     names = {task.name for task in tasks}
     records = [record for record in earlier if record.kernel in names]
@@ -77,9 +81,7 @@ def tune_model(
 
 def run_name(quantized: QuantizedModel, device: Device) -> str:
     """The file of a run: model, widths, batch and threads."""
-    model = re.sub(r"[^\w.-]+", "_", quantized.name)
-    batch = quantized.input_shape[0]
-    return f"{model}-{quantized.plan.bits}-b{batch}-t{device.threads or 'all'}"
+    return f"{model_name(quantized)}-t{device.threads or 'all'}"
 
 
 def about(
@@ -148,21 +150,6 @@ def count_servers(tracker: tuple[str, int, str]) -> int:
             fix=f"on the device: python -m tvm.exec.rpc_server --tracker {host}:{port} --key {key}",
         )
     return keys.count(key)
-
-
-def _earlier(path: Path, resume: bool, target: str) -> list[Record]:
-    if not path.exists():
-        return []
-    if not resume:
-        raise VitqError(
-            "there are records of such a run already",
-            where=path,
-            fix="go on with it (--resume, resume=True), or remove the file to start anew",
-        )
-    run = read_run(path)
-    if run.target != target:
-        raise VitqError("tuning records of another target", where=path, got=run.target, expected=target)
-    return run.records
 
 
 def _compare(tasks: list[Task], measuring: Measuring, records: list[Record]) -> None:

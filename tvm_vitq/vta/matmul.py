@@ -22,7 +22,7 @@ from tvm_vitq.vta.cycles import count_cycles
 from tvm_vitq.vta.isa import Alu, AluOp, Gemm
 from tvm_vitq.vta.tiles import Size, Tile, choose_tile, fits
 
-Choose = Callable[["Product"], "Tile | None"]
+Choose = Callable[["Product"], Tile | None]
 """Gives a product its tile, or leaves it to the estimate."""
 
 LARGEST_SHIFT = 15
@@ -175,7 +175,7 @@ class Product:
         """What products have in common for which the same tile is the best."""
         size = self.sizes
         return (
-            f"{size.rows}x{size.columns}x{size.depth}_rows{self.rows}_alu{size.operations:.3g}"
+            f"{size.rows}x{size.columns}x{size.depth}_rows{self.rows}_alu{size.operations:.0f}"
             f"_passes{size.passes}_planes{size.planes}_constants{size.constants}"
         )
 

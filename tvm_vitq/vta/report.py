@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tvm_vitq.vta.device import SimulatedDevice
 from tvm_vitq.vta.program import PlacedProgram, Program
 
 
-def vta_report(program: Program, notes: Mapping[str, str]) -> dict[str, Any]:
+def vta_report(program: Program, notes: Mapping[str, str], tuned: Collection[str] = ()) -> dict[str, Any]:
     """ "vta": configuration, cycles and utilization of all launches and of each, and why layers stay on the
     host. Utilization is the share of cycles in which the multipliers compute what the model asks for: not
     padding, biases or further bytes of probabilities.
@@ -32,6 +32,7 @@ def vta_report(program: Program, notes: Mapping[str, str]) -> dict[str, Any]:
                 "busy": {stage: busy / cycles.total for stage, busy in cycles.busy.items()},
                 "read": cycles.read,
                 "written": cycles.written,
+                "schedule": "tuned" if name in tuned else "default",
                 "instructions": len(launch.stream.program),
             }
         )
