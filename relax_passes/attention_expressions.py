@@ -55,15 +55,17 @@ def int_scores(
 ) -> te.Tensor:
     """Base-2 scores int32 [B, H, T, T].
 
-    acc : int32, of q k.T, as many elements;  codes : int8 [B, T, 2 H D], those of q and of k.
+    info["shape"] : B, H, T and the channels D of a head.
+    acc : int32, of q k.T, as many elements;  codes : int8 [B, T, 2 H W], those of q and of k, W >= D with 0
+    behind D.
     multiplier : float32 [H];  zero_q, zero_k : int32 [H];  additive : int32, each broadcast over the result.
     """
-    batch, heads, tokens, _ = info["shape"]
-    width = int(codes.shape[-1]) // (2 * heads)
+    batch, heads, tokens, width = info["shape"]
+    wide = int(codes.shape[-1]) // (2 * heads)
     k = te.reduce_axis((0, width), name="k")
     total = te.compute(
         (batch, tokens, 2 * heads),
-        lambda b, t, h: te.sum(_wide(codes[b, t, h * width + k]), axis=k),
+        lambda b, t, h: te.sum(_wide(codes[b, t, h * wide + k]), axis=k),
         name="code_sums",
     )
 
@@ -187,29 +189,30 @@ def int_values(
 ) -> te.Tensor:
     """Result of attention, [B, T, H D] of the operator's dtype.
 
-    acc : int32 [B, T, H D], sums of (p - offset) v, `offset` that of all bytes; if `negated`, of -p v.
+    acc : int32 [B, T, H W], W >= D, sums of (p - offset) v, `offset` that of all bytes; if `negated`, of
+    -p v.
     p : [B, H, T, T];  multiplier : float32 [H], or int32 shifts of a shift plan;
-    zero_v, zero_point : int32 [H];  codes : int8 [B, H D, T] of v, where an offset or p's zero needs them.
+    zero_v, zero_point : int32 [H];  codes : int8 [B, H W, T] of v, where an offset or p's zero needs them.
     """
-    batch, tokens, channels = (int(size) for size in acc.shape)
-    heads = int(p.shape[1])
-    width = channels // heads
+    batch, heads, tokens, width = info["shape"]
+    wide = int(acc.shape[-1]) // heads
     p_sum = _row(p, lambda *i: _wide(p(*i)), te.sum, "p_sum")
     v_sums = [_row(v, lambda *i, v=v: _wide(v(*i)), te.sum, "v_sum") for v in codes]
     prob_zero = info.get("prob_zero", 0)
 
     def element(b: Expr, t: Expr, c: Expr) -> Expr:
         h = tirx.floordiv(c, _int(width))
+        at = h * _int(wide) + tirx.floormod(c, _int(width))
         row = p_sum[b, h, t] - _int(prob_zero * tokens)
-        o = (-acc[b, t, c] if info["negated"] else acc[b, t, c]) - zero_v[h] * row
+        o = (-acc[b, t, at] if info["negated"] else acc[b, t, at]) - zero_v[h] * row
         for v_sum in v_sums:
-            o = o + _int(info["offset"] - prob_zero) * v_sum[b, c]
+            o = o + _int(info["offset"] - prob_zero) * v_sum[b, at]
         if info.get("kind") == "shift":
-            wide = tirx.Cast("int64", o)
+            exact = tirx.Cast("int64", o)
             s = tirx.Cast("int64", multiplier[h])
             one, zero = tirx.const(1, "int64"), tirx.const(0, "int64")
             half = tirx.Select(s > zero, one << tirx.max(s - one, zero), zero)
-            rounded = tirx.Cast("int32", clip((wide + half) >> s, -WIDE_MAX, WIDE_MAX, "int64"))
+            rounded = tirx.Cast("int32", clip((exact + half) >> s, -WIDE_MAX, WIDE_MAX, "int64"))
         else:
             scale = multiplier[h]
             if info["by_row"]:
@@ -220,7 +223,7 @@ def int_values(
             info["out_dtype"], clip(rounded + zero_point[h], info["qmin"], info["qmax"], "int32")
         )
 
-    return te.compute((batch, tokens, channels), element, name="int_values")
+    return te.compute((batch, tokens, heads * width), element, name="int_values")
 
 
 ATTENTION_EXPRESSIONS = {

@@ -61,7 +61,7 @@ class _Offload(Rewriter):
 
     def transform(self, function: relax.Function) -> relax.Function:
         for node, layer in _attentions(function):
-            reason = _why_not(node, layer, self.config.block)
+            reason = _why_not(node, layer)
             if reason is None:
                 self.taken.add(attrs(layer)["site"])
             else:
@@ -117,7 +117,7 @@ class _Offload(Rewriter):
 
     def attention(self, node: Call, info: dict[str, Any], name: str) -> Expr | None:
         batch, count, tokens, width = info["shape"]
-        heads = Heads(batch, count, tokens, width)
+        heads = Heads(batch, count, tokens, width, self.config.block)
         score, multiplier, zero_q, zero_k, zero_v, *rest = node.args[3:]
         values = [value_of(a) for a in rest]
         probs = probabilities_of(info, values)
@@ -138,7 +138,7 @@ class _Offload(Rewriter):
             ((batch, heads.channels, tokens), "int8"),
         ]
         acc, both, *transposed = self.launch(qkv, first, [given], results[: len(first.outputs)])
-        shape = {"shape": [batch, count, tokens, tokens]}
+        shape = {"shape": [batch, count, tokens, width]}
         full = [
             constant(np.broadcast_to(value_of(a), (count,)).copy()) for a in (score, zero_q, zero_k, zero_v)
         ]
@@ -162,7 +162,7 @@ class _Offload(Rewriter):
         operands = [sums, p, constant(scale.copy()), zero_v, constant(zero.copy()), *transposed]
         limits = {key: info[key] for key in ("qmin", "qmax", "kind", "out_dtype", "site")}
         signs = {"offset": digits.offset, "negated": digits.negated, "by_row": probs.by_row}
-        return call("vitq.int_values", operands, **signs, **limits, **quantizer)
+        return call("vitq.int_values", operands, **shape, **signs, **limits, **quantizer)
 
 
 @dataclass(frozen=True)
@@ -219,11 +219,11 @@ def _attentions(function: relax.Function) -> list[tuple[Call, Expr | None]]:
     return layers
 
 
-def _why_not(node: Call, layer: Expr | None, block: int) -> str | None:
+def _why_not(node: Call, layer: Expr | None) -> str | None:
     """Why attention cannot be launches; None if it can."""
     info = attrs(node)
-    if op_name(layer) != "vitq.int_linear" or not _is_plain(info, block):
-        return "q, k and v do not come from one layer, heads of whole blocks one behind the other"
+    if op_name(layer) != "vitq.int_linear" or not _is_plain(info):
+        return "q, k and v do not come from one layer, heads one behind the other"
     try:
         made = _conversion(layer, attrs(layer))
     except VitqError as error:
@@ -237,12 +237,11 @@ def _why_not(node: Call, layer: Expr | None, block: int) -> str | None:
     return None
 
 
-def _is_plain(info: dict[str, Any], block: int) -> bool:
+def _is_plain(info: dict[str, Any]) -> bool:
     """q, k and v as timm's qkv layers have them: all heads of q, then of k, then of v, rows by token."""
     batch, heads, tokens, width = info["shape"]
     channels = heads * width
     rows = tokens if batch > 1 else 0
     views = [[3 * channels, n * channels, width if heads > 1 else 0, rows, 0] for n in range(3)]
     same = info["keys"] == tokens and info["depth"] == width
-    whole = width % block == 0
-    return same and whole and [list(info[f"{letter}_view"]) for letter in "qkv"] == views
+    return same and [list(info[f"{letter}_view"]) for letter in "qkv"] == views

@@ -13,7 +13,7 @@ from tvm_vitq.numerics import Output
 from tvm_vitq.numerics_attention import Probabilities, int_attention, int_exp2, int_log2, int_probabilities
 from tvm_vitq.relax_passes import attention_expressions as expressions
 
-HEADS, WIDTH = 3, 16
+HEADS, WIDTH, WIDE = 3, 12, 16
 
 PROBABILITIES = {
     "softmax": Probabilities("softmax", 255, numerator=255 << 23, shift=23, guard=8),
@@ -74,11 +74,13 @@ def test_attention_in_pieces(kind, batch, out):
         out=out,
     )
 
-    def rows(x: np.ndarray) -> np.ndarray:
-        return x.transpose(0, 2, 1, 3).reshape(batch, tokens, HEADS * WIDTH)
+    def rows(x: np.ndarray, wide: int = WIDTH) -> np.ndarray:
+        """Heads side by side, filled up with zeros."""
+        full = np.pad(x, [(0, 0), (0, 0), (0, 0), (0, wide - WIDTH)])
+        return full.transpose(0, 2, 1, 3).reshape(batch, tokens, HEADS * wide)
 
     info = {
-        "shape": (batch, HEADS, tokens, tokens),
+        "shape": (batch, HEADS, tokens, WIDTH),
         "probs": probs.kind,
         "prob_max": probs.qmax,
         "prob_zero": probs.zero,
@@ -89,7 +91,7 @@ def test_attention_in_pieces(kind, batch, out):
         "out_dtype": "uint16" if probs.kind == "codebook" else "uint8",
     }
     acc = (q.astype(np.int32) @ k.astype(np.int32).swapaxes(-1, -2)).reshape(-1, tokens, tokens)
-    codes = np.concatenate([rows(q), rows(k)], -1)
+    codes = np.concatenate([rows(q, WIDE), rows(k, WIDE)], -1)
     t = run(expressions.int_scores, info, acc, codes, score, zero_q, zero_k, *additive)
     tables = [table for table in (probs.table, probs.edges, probs.values) if table is not None]
     p = run(expressions.int_probabilities, info, t, *tables)
@@ -102,8 +104,8 @@ def test_attention_in_pieces(kind, batch, out):
         offset = 0 if negated else sum(expressions.BYTE_OFFSET << 8 * n for n in range(probs.planes))
         assert np.array_equal(whole, -p.astype(np.int32) if negated else p.astype(np.int32) - offset)
         how = {"offset": offset, "negated": negated, "by_row": probs.by_row}
-        acc = rows(whole @ v.astype(np.int32))
-        codes = [rows(v).swapaxes(1, 2).copy()] if offset != probs.zero else []
+        acc = rows(whole @ v.astype(np.int32), WIDE)
+        codes = [rows(v, WIDE).swapaxes(1, 2).copy()] if offset != probs.zero else []
         result = run(expressions.int_values, {**info, **how, **limits}, acc, *arguments, *codes)
         assert np.array_equal(result, rows(expected))
 

@@ -16,7 +16,7 @@ CONFIG = VtaConfig()
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("heads", [Heads(1, 3, 197, 64), Heads(2, 2, 50, 32)], ids=str)
+@pytest.mark.parametrize("heads", [Heads(1, 3, 197, 64, 16), Heads(2, 2, 50, 32, 16)], ids=str)
 def test_attention_around_the_softmax_of_the_host(heads, passes):
     rng = np.random.default_rng(heads.tokens)
     depth, channels = heads.channels, heads.channels

@@ -171,7 +171,13 @@ def _binary(node: relax.Call) -> tuple[Shape, str]:
 
 
 def _scores(node: relax.Call) -> tuple[Shape, str]:
-    return [int(size) for size in attrs(node)["shape"]], "int32"
+    batch, heads, tokens, _ = (int(size) for size in attrs(node)["shape"])
+    return [batch, heads, tokens, tokens], "int32"
+
+
+def _values(node: relax.Call) -> tuple[Shape, str]:
+    batch, heads, tokens, width = (int(size) for size in attrs(node)["shape"])
+    return [batch, tokens, heads * width], attrs(node)["out_dtype"]
 
 
 # Canonical float operators
@@ -200,7 +206,7 @@ _register("vitq.int_mean", "integer mean", ["x"], _mean)
 _register("vitq.int_scores", "base-2 scores of q @ k.T", ["acc", "codes", "multiplier"], _scores)
 _register("vitq.int_probabilities", "codes of probabilities of scores", ["t"], _converted)
 _register("vitq.int_byte", "a byte of codes", ["p"], _converted)
-_register("vitq.int_values", "p @ v, requantized", ["acc", "p"], _converted)
+_register("vitq.int_values", "p @ v, requantized", ["acc", "p"], _values)
 
 # Integer operators as one kernel runs them, made by fuse_epilogues and fuse_views
 _register(

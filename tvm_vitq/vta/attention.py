@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
+from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
 from tvm_vitq.vta.assembler import Assembler
 from tvm_vitq.vta.blocks import Matrix, constant_matrix
@@ -27,17 +30,24 @@ class Heads:
     """Sizes of self-attention.
 
     batch, heads, tokens : of images, heads, tokens;  width : channels of a head, of q, k and v alike.
+    block : see `VtaConfig`.
     """
 
     batch: int
     heads: int
     tokens: int
     width: int
+    block: int
+
+    @property
+    def wide(self) -> int:
+        """Channels of a head, filled up to whole blocks with some that are 0."""
+        return -(-self.width // self.block) * self.block
 
     @property
     def channels(self) -> int:
-        """Of q, of k, of v."""
-        return self.heads * self.width
+        """Of q, of k, of v, as VTA has them."""
+        return self.heads * self.wide
 
 
 def scores_launch(
@@ -48,14 +58,14 @@ def scores_launch(
 
     Parameters
     ----------
-    weight : int8 [3 channels, C], rows of q, k and v in this order, heads one behind the other;
+    weight : int8 [3 heads width, C], rows of q, k and v in this order, heads one behind the other;
     epilogue : of the layer, by channel.
 
     Returns
     -------
     The launch, and v, which `values_launch` reads.
     """
-    block, channels = config.block, heads.channels
+    block, channels, wide = heads.block, heads.channels, heads.wide
     x = Operand.made(f"{name} input", (heads.batch, heads.tokens, weight.shape[1]), "int8", block)
     qk = Operand.made(f"{name} q k", (heads.batch, heads.tokens, 2 * channels), "int8", block, written=False)
     v = Operand.made(f"{name} v", (heads.batch, channels, heads.tokens), "int8", block, written=False)
@@ -68,20 +78,20 @@ def scores_launch(
         sum_.planes,
         written=False,
     )
+    macs = heads.batch * heads.tokens * (weight.size + heads.tokens * heads.heads * heads.width)
+    weight, epilogue = _filled_up(weight, epilogue, heads)
     weights = constant_matrix(f"{name} weight", weight, block)
-    assembler, wide = Assembler(config), heads.width // block
-    constants = 2 * max(heads.width, wide)  # bias and shift of a head, by row for v
+    assembler = Assembler(config)
+    constants = 2 * wide  # bias and shift of a head, by row for v
     front, back = (Contexts(config, 2, constants, share) for share in ((0, 3, 4), (3, 1, 4)))
 
     def layer(part: int, head: int) -> tuple[Matrix, Epilogue]:
         """Weights and epilogue of q, k or v of a head."""
-        start = part * channels + head * heads.width
-        return _rows(weights, start, heads.width, block), epilogue.of_channels(
-            slice(start, start + heads.width)
-        )
+        start = part * channels + head * wide
+        return _rows(weights, start, wide, block), epilogue.of_channels(slice(start, start + wide))
 
     def product(left: Matrix, right: Matrix, outs: list[Matrix], to: Epilogue, where: Contexts) -> Product:
-        rows = heads.width if to.by_rows else heads.tokens
+        rows = wide if to.by_rows else heads.tokens
         return Product(assembler, [left], right, outs, to, None, rows, name, where)
 
     for image in range(heads.batch):
@@ -90,7 +100,7 @@ def scores_launch(
         # the layers of the next one, those of the last with v.
         scoring: list[Product] = []
         for head in range(heads.heads):
-            q, k = (_columns(both, start + head * heads.width, heads.width, block) for start in (0, channels))
+            q, k = (_columns(both, start + head * wide, wide, block) for start in (0, channels))
             layers = [
                 product(inputs, right, [out], to, front)
                 for (right, to), out in ((layer(0, head), q), (layer(1, head), k))
@@ -100,10 +110,9 @@ def scores_launch(
         layers = []
         for head in range(heads.heads):
             left, to = layer(2, head)
-            out = _rows(values, head * heads.width, heads.width, block)
+            out = _rows(values, head * wide, wide, block)
             layers.append(product(left, inputs, [out], replace(to, by_rows=True), front))
         in_turns(layers, scoring)
-    macs = heads.batch * heads.tokens * (weight.size + heads.tokens * channels)
     return Launch(assembler.finish(), [x], [scores, qk, v], macs), v
 
 
@@ -122,7 +131,7 @@ def values_launch(
     block = config.block
     shape = (heads.batch * heads.heads, heads.tokens, heads.tokens)
     ps = [Operand.made(f"{name} p {n}", shape, "int8", block) for n in range(passes)]
-    sum_ = whole_sums(heads.width, largest)
+    sum_ = whole_sums(heads.wide, largest)
     out = Operand.made(
         f"{name} sums",
         (heads.batch, heads.tokens, heads.channels),
@@ -136,11 +145,27 @@ def values_launch(
         (values,) = v.matrices(image, block)
         for head in range(heads.heads):
             lefts = [p.matrices(image * heads.heads + head, block)[0] for p in ps]
-            right = _rows(values, head * heads.width, heads.width, block)
-            outs = [_columns(m, head * heads.width, heads.width, block) for m in out.matrices(image, block)]
+            right = _rows(values, head * heads.wide, heads.wide, block)
+            outs = [_columns(m, head * heads.wide, heads.wide, block) for m in out.matrices(image, block)]
             Product(assembler, lefts, right, outs, sum_, None, heads.tokens, name, choose=choose).emit()
-    macs = heads.batch * heads.tokens**2 * heads.channels
+    macs = heads.batch * heads.tokens**2 * heads.heads * heads.width
     return Launch(assembler.finish(), ps, [out], macs)
+
+
+def _filled_up(weight: Array, epilogue: Epilogue, heads: Heads) -> tuple[Array, Epilogue]:
+    """Weights and epilogue whose heads have whole blocks of channels: those that are added are 0."""
+    if heads.wide == heads.width:
+        return weight, epilogue
+    if (epilogue.low or 0) > 0 or (epilogue.high or 0) < 0:
+        raise VitqError("codes of q, k and v without 0", got=f"{epilogue.low} to {epilogue.high}")
+
+    def filled_up(values: Array) -> Array:
+        each = values.reshape(-1, heads.width, *values.shape[1:])
+        width = [(0, 0), (0, heads.wide - heads.width), *[(0, 0)] * (values.ndim - 1)]
+        return np.pad(each, width).reshape(-1, *values.shape[1:])
+
+    bias = None if epilogue.bias is None else filled_up(epilogue.bias)
+    return filled_up(weight), replace(epilogue, bias=bias, shift=filled_up(epilogue.shift))
 
 
 def largest_code(epilogue: Epilogue) -> int:
