@@ -178,6 +178,21 @@ def int_byte(info: dict[str, Any], p: te.Tensor) -> te.Tensor:
     return te.compute(p.shape, element, name="int_byte")
 
 
+def int_row_terms(info: dict[str, Any], p: te.Tensor, zero_v: te.Tensor, constant: te.Tensor) -> te.Tensor:
+    """``zero_v sum(p) + constant`` of each row, int32 [B * H, T].
+
+    p : [B, H, T, T];  zero_v, constant : int32 [H].
+    """
+    batch, heads, tokens, _ = (int(size) for size in p.shape)
+    p_sum = _row(p, lambda *i: _wide(p(*i)), te.sum, "p_sum")
+
+    def element(n: Expr, t: Expr) -> Expr:
+        h = tirx.floormod(n, _int(heads))
+        return zero_v[h] * p_sum[tirx.floordiv(n, _int(heads)), h, t] + constant[h]
+
+    return te.compute((batch * heads, tokens), element, name="int_row_terms")
+
+
 def int_values(
     info: dict[str, Any],
     acc: te.Tensor,
@@ -227,5 +242,5 @@ def int_values(
 
 
 ATTENTION_EXPRESSIONS = {
-    f"vitq.{f.__name__}": f for f in (int_scores, int_probabilities, int_byte, int_values)
+    f"vitq.{f.__name__}": f for f in (int_scores, int_probabilities, int_byte, int_row_terms, int_values)
 }

@@ -1,35 +1,41 @@
 """Hands matrix products to VTA: integer linear layers and self-attention become launches, called by number.
 
-``int_linear(x)          -->  launch(x), then what its ALU cannot do``
-``fused_attention(qkv)   -->  launch(x), softmax on the host, launch(p), its zero points and scales``
+``int_linear(x)                      -->  launch(x), then what its ALU cannot do``
+``int_linear(fused_attention(qkv))   -->  launch(x), softmax on the host, launch(p, terms of rows)``
+``fused_attention(qkv)               -->  launch(x), softmax on the host, launch(p), its zero points, scales``
 
-where x are the codes in front of the qkv layer. What does not become a launch stays an operator of the host,
-with the reason in `notes`.
+where x are the codes in front of the qkv layer; the second form is that of attention whose result shifts
+make codes of. What does not become a launch stays an operator of the host, with the reason in `notes`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.ir import Call, Expr, Var
+from tvm.ir import Call, Expr
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.graph import value_of
-from tvm_vitq.integerize.codebook import largest_total
-from tvm_vitq.numerics import Array, Output
-from tvm_vitq.numerics_attention import Probabilities
-from tvm_vitq.ops import attrs, call, dtype_of, op_name, probabilities_of, shape_of
-from tvm_vitq.relax_passes.attention_expressions import BYTE_OFFSET, NEGATED_MAX
+from tvm_vitq.numerics import Array
+from tvm_vitq.ops import attrs, call, op_name, probabilities_of, shape_of
+from tvm_vitq.relax_passes.offload_conditions import (
+    Codes,
+    Digits,
+    attentions,
+    complemented,
+    layer_conversion,
+    why_not,
+)
 from tvm_vitq.relax_passes.rewriter import Rewriter, constant
-from tvm_vitq.vta.attention import Heads, largest_code, scores_launch, values_launch
+from tvm_vitq.vta.attention import Heads, largest_code, layer_launch, scores_launch, values_launch
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.host import LAUNCH
-from tvm_vitq.vta.linear import LARGEST_SUM, Conversion, conversion, linear_launch
+from tvm_vitq.vta.linear import Conversion, linear_launch
 from tvm_vitq.vta.matmul import Choose
 from tvm_vitq.vta.program import Launch, Program
 
@@ -50,6 +56,19 @@ class Offload:
         return tvm.IRModule({"main": _Offload(self.program, self.notes, self.choose).transform(mod["main"])})
 
 
+@dataclass(frozen=True)
+class _Behind:
+    """A layer that attention takes into its launch.
+
+    inputs : of the launch;  bias : of the layer, as it is in the launch.
+    """
+
+    launch: Launch
+    inputs: list[Expr]
+    made: Conversion
+    bias: Array
+
+
 class _Offload(Rewriter):
     def __init__(self, program: Program, notes: dict[str, str], choose: Choose | None) -> None:
         super().__init__()
@@ -58,14 +77,20 @@ class _Offload(Rewriter):
         self.config = program.config
         self.taken: set[str] = set()
         """qkv layers that attention takes into its launch."""
+        self.following: dict[str, Call] = {}
+        """Attention -> the layer behind it."""
+        self.behind: dict[str, _Behind] = {}
+        """Layers that attention has taken."""
 
     def transform(self, function: relax.Function) -> relax.Function:
-        for node, layer in _attentions(function):
-            reason = _why_not(node, layer)
-            if reason is None:
-                self.taken.add(attrs(layer)["site"])
-            else:
-                self.notes[attrs(node)["site"]] = reason
+        for found in attentions(function):
+            site, reason = attrs(found.node)["site"], why_not(found)
+            if reason is not None or found.before is None:
+                self.notes[site] = str(reason)
+                continue
+            self.taken.add(attrs(found.before)["site"])
+            if found.behind is not None:
+                self.following[site] = found.behind
         return super().transform(function)
 
     def rewrite(self, node: Call, name: str) -> Expr | None:
@@ -100,16 +125,21 @@ class _Offload(Rewriter):
         site = info["site"]
         if site in self.taken:
             return None  # nothing will read it
-        x, weight, made = node.args[0], value_of(node.args[1]), _conversion(node, info)
-        rows = math.prod(shape_of(x)[:-1])
-        launch = linear_launch(site, rows, weight, made, self.config, self.choose)
-        given = self.shaped(x, (1, rows, weight.shape[1]), site)
-        (result,) = self.launch(site, launch, [given], [((1, rows, len(weight)), made.dtype)])
+        behind = self.behind.get(site)
+        if behind is None:
+            x, weight, made = node.args[0], value_of(node.args[1]), layer_conversion(node)
+            rows = math.prod(shape_of(x)[:-1])
+            launch = linear_launch(site, rows, weight, made, self.config, self.choose)
+            given = self.shaped(x, (1, rows, weight.shape[1]), site)
+            behind = _Behind(launch, [given], made, value_of(node.args[2]))
+        (y,) = behind.launch.outputs
+        shape = (y.count, y.rows, y.columns)
+        (result,) = self.launch(site, behind.launch, behind.inputs, [(shape, y.dtype)])
         result = self.shaped(result, shape_of(node), site)
-        if made.finished:
+        if behind.made.finished:
             return result
         multiplier, zero = node.args[3], node.args[4]
-        bias = constant(-value_of(node.args[2]))
+        bias = constant(-behind.bias)
         if info["out_dtype"] == "float32":
             return call("vitq.int_dequantize", [result, multiplier, bias], out_dtype="float32")
         limits = {key: info[key] for key in ("qmin", "qmax", "kind", "out_dtype", "site")}
@@ -122,12 +152,17 @@ class _Offload(Rewriter):
         values = [value_of(a) for a in rest]
         probs = probabilities_of(info, values)
         tables, additive = rest[: len(rest) - len(values)], rest[len(rest) - len(values) :]
+        score, zero_q, zero_k, zero_v = (
+            constant(np.broadcast_to(value_of(a), (count,)).copy()) for a in (score, zero_q, zero_k, zero_v)
+        )
         layer = self.definition(node.args[0])
-        qkv, codes, made = attrs(layer)["site"], layer.args[0], _conversion(layer, attrs(layer))
+        qkv, codes, made = attrs(layer)["site"], layer.args[0], layer_conversion(layer)
         first, v = scores_launch(qkv, heads, value_of(layer.args[1]), made.epilogue, self.config)
         digits = Digits.of(probs, tokens)
-        largest = digits.largest * largest_code(made.epilogue)
-        second = values_launch(info["site"], heads, v, probs.planes, largest, self.config, self.choose)
+        behind = self.layer_behind(node, heads, v, digits, value_of(zero_v))
+        if behind is None:
+            largest = digits.largest * largest_code(made.epilogue)
+            second = values_launch(info["site"], heads, v, probs.planes, largest, self.config, self.choose)
         if not digits.needs_v:
             first.outputs.pop()
         squares = (batch * count, tokens, tokens)
@@ -139,10 +174,6 @@ class _Offload(Rewriter):
         ]
         acc, both, *transposed = self.launch(qkv, first, [given], results[: len(first.outputs)])
         shape = {"shape": [batch, count, tokens, width]}
-        full = [
-            constant(np.broadcast_to(value_of(a), (count,)).copy()) for a in (score, zero_q, zero_k, zero_v)
-        ]
-        score, zero_q, zero_k, zero_v = full
         t = self.emit(call("vitq.int_scores", [acc, both, score, zero_q, zero_k, *additive], **shape), name)
         kinds = ("probs", "prob_max", "prob_zero", "numerator", "shift", "guard", "relative")
         quantizer = {key: info[key] for key in kinds if key in info}
@@ -154,6 +185,10 @@ class _Offload(Rewriter):
                 call("vitq.int_byte", [p], byte=byte, negated=digits.negated, out_dtype="int8"), name
             )
             parts.append(self.shaped(part, squares, name))
+        if behind is not None:
+            terms = call("vitq.int_row_terms", [p, zero_v, behind.inputs[0]])
+            behind.inputs[:] = [*parts, self.emit(terms, f"{name}:terms")]
+            return None  # the layer behind will read them
         (sums,) = self.launch(info["site"], second, parts, [((batch, tokens, heads.channels), "int32")])
         scale = np.broadcast_to(value_of(multiplier), (count,))
         if info["kind"] == "shift":
@@ -164,84 +199,24 @@ class _Offload(Rewriter):
         signs = {"offset": digits.offset, "negated": digits.negated, "by_row": probs.by_row}
         return call("vitq.int_values", operands, **shape, **signs, **limits, **quantizer)
 
-
-@dataclass(frozen=True)
-class Digits:
-    """How p is bytes of VTA.
-
-    negated : as digits of -p, else as bytes less an offset each, `offset` in all.
-    largest : bound of the sum of their values' magnitudes over a row.
-    needs_v : whether the host needs v, for the offset or for p's zero point.
-    """
-
-    negated: bool
-    offset: int
-    largest: int
-    needs_v: bool
-
-    @classmethod
-    def of(cls, probs: Probabilities, tokens: int) -> Digits:
-        """Of a quantizer of probabilities of rows of `tokens`."""
-        if probs.planes == 2 and probs.qmax <= NEGATED_MAX:
-            largest = largest_total(replace(probs, zero=0), tokens) if probs.kind == "codebook" else math.inf
-            return cls(True, 0, int(min(tokens * probs.qmax, largest)), probs.zero != 0)
-        offset = sum(BYTE_OFFSET << 8 * byte for byte in range(probs.planes))
-        return cls(False, offset, tokens * offset, True)
-
-
-def _conversion(node: Call, info: dict[str, Any]) -> Conversion:
-    """What a layer's sums become; VitqError with the reason why it cannot be a launch."""
-    x, weight, bias, multiplier, zero, *rest = node.args
-    if rest or "tokens" in info or dtype_of(x) != "int8":
-        raise VitqError("scales inside the sum")
-    limits = {key: info[key] for key in ("qmin", "qmax", "kind") if key in info}
-    operands: list[Array] = [value_of(a) for a in (weight, bias, multiplier, zero)]
-    return conversion(*operands, Output(info["out_dtype"], **limits))
-
-
-def _attentions(function: relax.Function) -> list[tuple[Call, Expr | None]]:
-    """Every fused_attention, and the layer of which it alone reads q, k and v."""
-    defined: dict[Var, Expr] = {}
-    readers: dict[Var, int] = {}
-    found = []
-    for block in function.body.blocks:
-        for binding in block.bindings:
-            defined[binding.var] = binding.value
-            for operand in {a for a in getattr(binding.value, "args", ()) if isinstance(a, Var)}:
-                readers[operand] = readers.get(operand, 0) + 1
-            if op_name(binding.value) == "vitq.fused_attention":
-                found.append(binding.value)
-    layers = []
-    for node in found:
-        source = node.args[0]
-        alone = readers.get(source) == 1 and all(other.same_as(source) for other in node.args[1:3])
-        layers.append((node, defined.get(source) if alone else None))
-    return layers
-
-
-def _why_not(node: Call, layer: Expr | None) -> str | None:
-    """Why attention cannot be launches; None if it can."""
-    info = attrs(node)
-    if op_name(layer) != "vitq.int_linear" or not _is_plain(info):
-        return "q, k and v do not come from one layer, heads one behind the other"
-    try:
-        made = _conversion(layer, attrs(layer))
-    except VitqError as error:
-        return error.what
-    if not made.finished or made.dtype != "int8":
-        return "q, k and v are no shifts of sums"
-    tokens = info["shape"][2]
-    digits = Digits.of(probabilities_of(info, [value_of(a) for a in node.args[8:]]), tokens)
-    if 2 * digits.largest * largest_code(made.epilogue) > LARGEST_SUM:
-        return f"products with {tokens} probabilities do not fit 32 bits"
-    return None
-
-
-def _is_plain(info: dict[str, Any]) -> bool:
-    """q, k and v as timm's qkv layers have them: all heads of q, then of k, then of v, rows by token."""
-    batch, heads, tokens, width = info["shape"]
-    channels = heads * width
-    rows = tokens if batch > 1 else 0
-    views = [[3 * channels, n * channels, width if heads > 1 else 0, rows, 0] for n in range(3)]
-    same = info["keys"] == tokens and info["depth"] == width
-    return same and [list(info[f"{letter}_view"]) for letter in "qkv"] == views
+    def layer_behind(self, node: Call, heads: Heads, v: Any, digits: Digits, zero_v: Array) -> _Behind | None:
+        """The layer behind attention in a launch with it, still without inputs but the rows' constants; None
+        if that cannot be.
+        """
+        layer = self.following.get(attrs(node)["site"])
+        codes = Codes.of(node, digits, zero_v, heads.block)
+        if layer is None or codes is None:
+            return None
+        site = attrs(layer)["site"]
+        try:
+            changed = complemented(layer)
+            if changed is None:
+                return None
+            weight, made, bias = changed
+            launch = layer_launch(
+                site, heads, v, digits.passes, codes.epilogues, weight, made, self.config, self.choose
+            )
+        except VitqError:
+            return None  # then each for itself, with the reason
+        self.behind[site] = _Behind(launch, [constant(codes.constant)], made, bias)
+        return self.behind[site]

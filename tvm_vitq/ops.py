@@ -175,6 +175,11 @@ def _scores(node: relax.Call) -> tuple[Shape, str]:
     return [batch, heads, tokens, tokens], "int32"
 
 
+def _row_terms(node: relax.Call) -> tuple[Shape, str]:
+    batch, heads, tokens, _ = shape_of(node.args[0])
+    return [batch * heads, tokens], "int32"
+
+
 def _values(node: relax.Call) -> tuple[Shape, str]:
     batch, heads, tokens, width = (int(size) for size in attrs(node)["shape"])
     return [batch, tokens, heads * width], attrs(node)["out_dtype"]
@@ -206,6 +211,7 @@ _register("vitq.int_mean", "integer mean", ["x"], _mean)
 _register("vitq.int_scores", "base-2 scores of q @ k.T", ["acc", "codes", "multiplier"], _scores)
 _register("vitq.int_probabilities", "codes of probabilities of scores", ["t"], _converted)
 _register("vitq.int_byte", "a byte of codes", ["p"], _converted)
+_register("vitq.int_row_terms", "what rows of p add to their sums", ["p", "zero_v", "constant"], _row_terms)
 _register("vitq.int_values", "p @ v, requantized", ["acc", "p"], _values)
 
 # Integer operators as one kernel runs them, made by fuse_epilogues and fuse_views

@@ -1,14 +1,16 @@
 """Self-attention on VTA: two launches around the softmax, which is the host's.
 
     scores   q and k of the layer in front, ``q k.T`` of each head, and v transposed, which stays there
-    values   ``p v`` of each head
+    layer    ``p v`` of each head, as codes, and the layer behind
+    values   ``p v`` of each head, where these become no codes by shifts
 
 Products leave as sums, in 3 or 4 bytes: their scales are real numbers, or differ by row. Zero points are the
-host's as well; for them it gets the codes of q, k and v.
+host's as well; for them it gets the codes of q, k and v, or adds a term to each row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,8 +21,8 @@ from tvm_vitq.vta.assembler import Assembler
 from tvm_vitq.vta.blocks import Matrix, constant_matrix
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.contexts import Contexts
-from tvm_vitq.vta.linear import whole_sums
-from tvm_vitq.vta.matmul import Choose, Epilogue, Product, in_turns
+from tvm_vitq.vta.linear import Conversion, Layer, whole_sums
+from tvm_vitq.vta.matmul import Choose, Epilogue, Product, Rows, in_turns
 from tvm_vitq.vta.operand import Operand
 from tvm_vitq.vta.program import Launch
 
@@ -152,6 +154,55 @@ def values_launch(
     return Launch(assembler.finish(), ps, [out], macs)
 
 
+def layer_launch(
+    name: str,
+    heads: Heads,
+    v: Operand,
+    passes: int,
+    codes: Sequence[Epilogue],
+    weight: Array,
+    made: Conversion,
+    config: VtaConfig,
+    choose: Choose | None = None,
+) -> Launch:
+    """The sums of ``p v`` become codes, which are a layer's inputs and never leave the device: bytes of p as
+    of `values_launch`, and what is added to each row's sums, int32 [batch * heads, tokens], to the layer's
+    result [batch, tokens, N].
+
+    Parameters
+    ----------
+    codes : of each head, without a bias;  weight : int8 [N, heads width];  made : of the layer.
+    """
+    block = config.block
+    shape = (heads.batch * heads.heads, heads.tokens, heads.tokens)
+    ps = [Operand.made(f"{name} p {n}", shape, "int8", block) for n in range(passes)]
+    terms = Operand.of_rows(f"{name} row terms", shape[0], heads.tokens, block)
+    whole = (heads.batch, heads.tokens, heads.channels)
+    middle = Operand.made(f"{name} input", whole, "int8", block, written=False)
+    layer = Layer.of(name, _filled_up_inputs(weight, heads), made, block)
+    y = layer.result(heads.batch, heads.tokens)
+    assembler = Assembler(config)
+    held = -(-heads.tokens // block) * block
+    for image in range(heads.batch):
+        (values,), (inputs,) = v.matrices(image, block), middle.matrices(image, block)
+        for head in range(heads.heads):
+            number = image * heads.heads + head
+            lefts = [p.matrices(number, block)[0] for p in ps]
+            right = _rows(values, head * heads.wide, heads.wide, block)
+            out = _columns(inputs, head * heads.wide, heads.wide, block)
+            added = replace(codes[head], bias=Rows(terms.planes[0], number * held), by_rows=True)
+            Product(assembler, lefts, right, [out], added, None, heads.tokens, name, choose=choose).emit()
+        layer.product(assembler, inputs, y.matrices(image, block), heads.tokens, choose).emit()
+    macs = heads.batch * heads.tokens * (heads.tokens * heads.heads * heads.width + weight.size)
+    return Launch(assembler.finish(), [*ps, terms], [y], macs)
+
+
+def _filled_up_inputs(weight: Array, heads: Heads) -> Array:
+    """Weights whose inputs are heads of whole blocks of channels."""
+    each = weight.reshape(len(weight), heads.heads, heads.width)
+    return np.pad(each, [(0, 0), (0, 0), (0, heads.wide - heads.width)]).reshape(len(weight), -1)
+
+
 def _filled_up(weight: Array, epilogue: Epilogue, heads: Heads) -> tuple[Array, Epilogue]:
     """Weights and epilogue whose heads have whole blocks of channels: those that are added are 0."""
     if heads.wide == heads.width:
@@ -164,7 +215,7 @@ def _filled_up(weight: Array, epilogue: Epilogue, heads: Heads) -> tuple[Array, 
         width = [(0, 0), (0, heads.wide - heads.width), *[(0, 0)] * (values.ndim - 1)]
         return np.pad(each, width).reshape(-1, *values.shape[1:])
 
-    bias = None if epilogue.bias is None else filled_up(epilogue.bias)
+    bias = filled_up(epilogue.bias) if isinstance(epilogue.bias, np.ndarray) else None
     return filled_up(weight), replace(epilogue, bias=bias, shift=filled_up(epilogue.shift))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from tvm_vitq.numerics import INDEX_BITS, Array, Output
 from tvm_vitq.vta.assembler import Assembler
-from tvm_vitq.vta.blocks import constant_matrix
+from tvm_vitq.vta.blocks import Matrix, constant_matrix
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.matmul import Choose, Epilogue, Product
 from tvm_vitq.vta.operand import Operand
@@ -60,6 +60,44 @@ def whole_sums(count: int, largest: int) -> Epilogue:
     return Epilogue(None, np.zeros(count, np.int64), None, None, planes)
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A layer's constants, channels with equal shifts side by side: a tile of them is shifted in half the
+    time.
+
+    order : channels as VTA has them.
+    """
+
+    name: str
+    right: Matrix
+    epilogue: Epilogue
+    dtype: str
+    order: tuple[int, ...]
+    block: int
+
+    @classmethod
+    def of(cls, name: str, weight: Array, made: Conversion, block: int) -> Layer:
+        """Of int8 weights [N, K]."""
+        order = np.argsort(made.epilogue.shift, kind="stable")
+        right = constant_matrix(f"{name} weight", weight[order], block)
+        return cls(name, right, made.epilogue.of_channels(order), made.dtype, tuple(order.tolist()), block)
+
+    def result(self, count: int, rows: int) -> Operand:
+        """A result [count, rows, N]."""
+        shape = (count, rows, len(self.order))
+        planes = self.epilogue.planes
+        made = Operand.made(f"{self.name} result", shape, self.dtype, self.block, planes, written=False)
+        return replace(made, order=self.order)
+
+    def product(
+        self, assembler: Assembler, left: Matrix, outs: list[Matrix], rows: int, choose: Choose | None
+    ) -> Product:
+        """The layer for inputs `left`."""
+        return Product(
+            assembler, [left], self.right, outs, self.epilogue, None, rows, self.name, choose=choose
+        )
+
+
 def linear_launch(
     name: str,
     rows: int,
@@ -79,17 +117,11 @@ def linear_launch(
     ------
     VitqError : no tile fits.
     """
-    columns, depth = weight.shape
-    block, planes = config.block, made.epilogue.planes
-    # Channels with equal shifts side by side: a tile of them is shifted in half the time.
-    order = np.argsort(made.epilogue.shift, kind="stable")
-    weight, epilogue = weight[order], made.epilogue.of_channels(order)
-    x = Operand.made(f"{name} input", (1, rows, depth), "int8", block)
-    y = Operand.made(f"{name} result", (1, rows, columns), made.dtype, block, planes, written=False)
-    y = replace(y, order=tuple(order.tolist()))
-    right = constant_matrix(f"{name} weight", weight, block)
+    block = config.block
+    x = Operand.made(f"{name} input", (1, rows, weight.shape[1]), "int8", block)
+    layer = Layer.of(name, weight, made, block)
+    y = layer.result(1, rows)
     assembler = Assembler(config)
-    left = x.matrices(0, block)
-    product = Product(assembler, left, right, y.matrices(0, block), epilogue, None, rows, name, choose=choose)
-    product.emit()
+    (left,) = x.matrices(0, block)
+    layer.product(assembler, left, y.matrices(0, block), rows, choose).emit()
     return Launch(assembler.finish(), [x], [y], rows * weight.size)

@@ -33,16 +33,26 @@ FEWEST_ROWS = 3
 
 
 @dataclass(frozen=True)
+class Rows:
+    """A value for each row of a product, which the host gives for each run: accumulators of a buffer, from
+    `first` on, that hold it in all channels.
+    """
+
+    buffer: Buffer
+    first: int
+
+
+@dataclass(frozen=True)
 class Epilogue:
     """What happens to sums: ``clip((sum + bias) >> shift, low, high)``, as int8 or in several bytes.
 
-    bias : int32 [N] or None;  shift : int32 [N], 0 to 31.
+    bias : int32 [N], `Rows` (then `by_rows`) or None;  shift : int32 [N], 0 to 31.
     by_rows : whether these belong to rows of the result, [M], as where weights are the left operand.
     low, high : 16-bit limits, or None.
     planes : bytes of the result that are stored, the lowest first, each as a matrix of its own.
     """
 
-    bias: Array | None
+    bias: Array | Rows | None
     shift: Array
     low: int | None = -128
     high: int | None = 127
@@ -51,7 +61,7 @@ class Epilogue:
 
     def of_channels(self, chosen: Array | slice) -> Epilogue:
         """That of some channels, in this order."""
-        bias = None if self.bias is None else self.bias[chosen]
+        bias = self.bias[chosen] if isinstance(self.bias, np.ndarray) else self.bias
         return replace(self, bias=bias, shift=self.shift[chosen])
 
 
@@ -199,9 +209,9 @@ class Product:
 
     def steps(self) -> Iterator[None]:
         """The product, tile by tile, in them parts of the sum; a pause behind each tile."""
-        for table, base in self._loaded:
+        for table, first, base in self._loaded:
             self.asm.settle(range(base, base + self._constants))
-            self.asm.load(Memory.ACC, base, table, 0, 1, self._constants, self._constants)
+            self.asm.load(Memory.ACC, base, table, first, 1, self._constants, self._constants)
         if self._bias:
             self.asm.load(Memory.INP, self.config.depth(Memory.INP) - 1, self._bias[0], 0, 1, 1, 1)
         for rows, columns in self._order():
@@ -245,7 +255,7 @@ class Product:
         self._constants = self.left.rows * self.size if by_rows else self.right.rows
         tables = []
         products = None
-        if epilogue.bias is not None and not by_rows and len(self.lefts) == 1:
+        if isinstance(epilogue.bias, np.ndarray) and not by_rows and len(self.lefts) == 1:
             products = bias_as_products(epilogue.bias, self.size)
         self._bias = (
             None
@@ -255,7 +265,7 @@ class Product:
                 for which, data in zip(("input", "weights"), products, strict=True)
             ]
         )
-        if epilogue.bias is not None and self._bias is None:
+        if isinstance(epilogue.bias, np.ndarray) and self._bias is None:
             tables.append(("bias", epilogue.bias))
         least, most = int(epilogue.shift.min()), int(epilogue.shift.max())
         # One register shift where it reaches; else a common part in front of it.
@@ -267,14 +277,18 @@ class Product:
                 )
             tables.append(("shift", epilogue.shift - self._common))
         top = self.config.depth(Memory.ACC)
-        self._loaded: list[tuple[Buffer, int]] = []
+        self._loaded: list[tuple[Buffer, int, int]] = []
         self._base: dict[str, int] = {}
+        if isinstance(epilogue.bias, Rows):
+            top -= self._constants
+            self._loaded.append((epilogue.bias.buffer, epilogue.bias.first, top))
+            self._base["bias"] = top
         for which, values in tables:
             top -= self._constants
             each = 1 if by_rows else self.size
             full = np.repeat(filled(values, self._constants * each), self.size // each)
             data = full.astype("<i4").view(np.uint8)
-            self._loaded.append((Buffer(f"{name} {which}", len(data), contents=data), top))
+            self._loaded.append((Buffer(f"{name} {which}", len(data), contents=data), 0, top))
             self._base[which] = top
 
     def _load_left(self, left: Matrix, rows: slice, depth: slice) -> int:

@@ -18,7 +18,7 @@ class Operand:
     one buffer for each byte of a value, the lowest first.
 
     dtype : of the host: int8, or what several bytes make: uint16 of two, int32 of up to four, the highest
-        with its sign.
+        with its sign. Of an input, int32 are values of rows, see `of_rows`.
     order : of a result, the tensor's columns in the order in which memory has them; () is their own.
     """
 
@@ -45,13 +45,25 @@ class Operand:
         names = [name] if planes == 1 else [f"{name} byte {n}" for n in range(planes)]
         return cls(tuple(Buffer(each, size, written=written) for each in names), *shape, dtype)
 
+    @classmethod
+    def of_rows(cls, name: str, count: int, rows: int, block: int) -> Operand:
+        """A value of each row of `count` matrices, int32 [count, rows]: accumulators of it in all channels,
+        0 behind the last row.
+        """
+        size = count * -(-rows // block) * block * 4 * block
+        return cls((Buffer(name, size),), count, rows, 1, "int32")
+
     def matrices(self, number: int, block: int) -> list[Matrix]:
         """Matrix `number` of each plane."""
         rows, columns = -(-self.rows // block), -(-self.columns // block)
         return [Matrix(plane, rows, columns, first=number * rows * columns) for plane in self.planes]
 
     def packed(self, tensor: Array, block: int) -> Array:
-        """An int8 tensor as the bytes of its buffer."""
+        """A tensor as the bytes of its buffer."""
+        if self.dtype == "int32":
+            values = np.asarray(tensor, np.int32).reshape(self.count, self.rows)
+            full = np.pad(values, [(0, 0), (0, -self.rows % block)])
+            return np.repeat(full.ravel(), block)
         matrices = np.asarray(tensor, np.int8).reshape(self.count, self.rows, self.columns)
         return np.stack([pack(matrix, block) for matrix in matrices])
 
