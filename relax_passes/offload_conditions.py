@@ -19,8 +19,8 @@ from tvm_vitq.ops import attrs, dtype_of, op_name, probabilities_of, shape_of
 from tvm_vitq.relax_passes.attention_expressions import BYTE_OFFSET, NEGATED_MAX
 from tvm_vitq.relax_passes.rewriter import constant
 from tvm_vitq.vta.attention import largest_code
+from tvm_vitq.vta.epilogue import Epilogue
 from tvm_vitq.vta.linear import LARGEST_SUM, Conversion, conversion
-from tvm_vitq.vta.matmul import Epilogue
 
 
 @dataclass(frozen=True)

@@ -129,3 +129,12 @@ def test_digits_of_negated_probabilities():
     p = np.arange(expressions.NEGATED_MAX + 1).astype(np.uint16).reshape(1, -1)
     low, high = (run(expressions.int_byte, {"byte": n, "negated": True}, p) for n in (0, 1))
     assert np.array_equal(256 * high.astype(int) + low, -p.astype(int))
+
+
+def test_terms_of_rows():
+    rng = np.random.default_rng(0)
+    p = rng.integers(0, 2**15, (2, HEADS, 5, 5)).astype(np.uint16)
+    zero_v, constant = rng.integers(-20, 20, (2, HEADS)).astype(np.int32)
+    found = run(expressions.int_row_terms, {}, p, zero_v, constant)
+    expected = p.sum(-1, dtype=np.int64) * zero_v[:, None] + constant[:, None]
+    assert np.array_equal(found, expected.reshape(-1, 5))

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from vta_stand_in import build, give_machine, simulated
 
 import tvm_vitq
-from tvm_vitq import targets
+from tvm_vitq import refmodels, targets
 from tvm_vitq.cli import main
 from tvm_vitq.errors import VitqError
 from tvm_vitq.quantized_model import QuantizedModel
@@ -136,6 +136,26 @@ def test_heads_that_are_no_whole_blocks(quantized, sizes):
     assert library.report["vta"]["macs"] == library.report["macs"]
     images = images_for(model)
     assert np.array_equal(library(images), model.reference(images))
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+def test_reference_model_with_windows(bits):
+    """Windows, shifted ones too, and heads of 24 channels."""
+    images = refmodels.calibration_images(16)
+    model = tvm_vitq.quantize("refmodel:swin", bits=bits, recipe="p2-vit", calibration=images, progress=False)
+    library = tvm_vitq.compile(model, "vta")
+    assert not library.report["vta"]["on_host"]
+    assert np.array_equal(library(images[:1]), model.reference(images[:1]))
+
+
+def test_attention_and_the_layer_behind_are_one_launch(quantized):
+    """Of a shift plan; where the result of attention is no shift, each is a launch of its own."""
+    launches = {
+        recipe: {row["name"] for row in tvm_vitq.compile(quantized(recipe), "vta").report["vta"]["launches"]}
+        for recipe in ("p2-vit", "repq-vit")
+    }
+    assert "blocks.0.attn" not in launches["p2-vit"]
+    assert all("blocks.0.attn.proj" in found for found in launches.values())
 
 
 def test_command_line(quantized, tmp_path, capsys):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tvm_vitq.vta.attention import Heads, scores_launch, values_launch
+from tvm_vitq.vta.attention import Heads, layer_launch, scores_launch, values_launch
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.device import SimulatedDevice
-from tvm_vitq.vta.linear import whole_sums
-from tvm_vitq.vta.matmul import Epilogue
+from tvm_vitq.vta.epilogue import Epilogue
+from tvm_vitq.vta.linear import Conversion, whole_sums
 from tvm_vitq.vta.program import PlacedProgram, Program
 
 CONFIG = VtaConfig()
@@ -51,3 +51,35 @@ def test_sums_take_as_few_bytes_as_hold_them():
     assert [whole_sums(16, largest).planes for largest in (127, 128, 32767, 32768, 2**23, 2**31 - 1)] == [
         *(1, 2, 2, 3, 4, 4)
     ]
+
+
+@pytest.mark.parametrize("heads", [Heads(1, 3, 197, 64, 16), Heads(2, 2, 50, 24, 16)], ids=str)
+def test_values_as_codes_of_the_layer_behind(heads):
+    """Terms of rows, shifts and limits by head; channels that fill up a head change nothing."""
+    rng = np.random.default_rng(heads.tokens)
+    channels = heads.heads * heads.width
+    weight = rng.integers(-127, 128, (3 * channels, 32)).astype(np.int8)
+    shift = rng.integers(9, 12, 3 * channels)
+    x = rng.integers(-128, 128, (heads.batch, heads.tokens, 32)).astype(np.int8)
+    scores, v = scores_launch("qkv", heads, weight, Epilogue(None, shift), CONFIG)
+    layer = rng.integers(-127, 128, (40, channels)).astype(np.int8)
+    held = -(-heads.tokens // 16) * 16
+    by_head = [Epilogue(None, np.full(held, 13 + n), -100, 90, by_rows=True) for n in range(heads.heads)]
+    made = Conversion(whole_sums(40, 2**21), "int32", False)
+    behind = layer_launch("proj", heads, v, 2, by_head, layer, made, CONFIG)
+    placed = PlacedProgram(
+        Program(CONFIG, {"scores": scores, "proj": behind}), SimulatedDevice(CONFIG, megabytes=32)
+    )
+
+    codes = np.clip((x.astype(int) @ weight.T.astype(int)) >> shift, -128, 127)
+    shape = (heads.batch, heads.tokens, 3, heads.heads, heads.width)
+    v_codes = codes.reshape(shape).transpose(2, 0, 3, 1, 4)[2]
+    placed.run("scores", x)
+    parts = rng.integers(-128, 128, (2, heads.batch, heads.heads, heads.tokens, heads.tokens)).astype(np.int8)
+    terms = rng.integers(-(2**20), 2**20, (heads.batch, heads.heads, heads.tokens)).astype(np.int32)
+    (found,) = placed.run("proj", *parts, terms)
+    sums = (256 * parts[0].astype(int) + parts[1]) @ v_codes + terms[..., None]
+    shifts = 13 + np.arange(heads.heads)[:, None, None]
+    middle = np.clip(sums >> shifts, -100, 90).transpose(0, 2, 1, 3).reshape(heads.batch, heads.tokens, -1)
+    assert len(np.unique(middle)) > 100
+    assert np.array_equal(found, middle @ layer.T.astype(int))

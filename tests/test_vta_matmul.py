@@ -11,8 +11,9 @@ from tvm_vitq.vta.blocks import Matrix, bias_as_products, pack, unpack
 from tvm_vitq.vta.check import Region, check
 from tvm_vitq.vta.config import PORTABLE_UOPS, Memory, VtaConfig
 from tvm_vitq.vta.cycles import Cycles, count_cycles
+from tvm_vitq.vta.epilogue import Epilogue
 from tvm_vitq.vta.isa import Alu, AluOp, Gemm, Load, Stage
-from tvm_vitq.vta.matmul import Epilogue, Product
+from tvm_vitq.vta.matmul import Product
 from tvm_vitq.vta.order import follow
 from tvm_vitq.vta.simulator import Simulator
 from tvm_vitq.vta.tiles import Tile

@@ -10,7 +10,8 @@ from tvm_vitq.vta.assembler import Assembler, Buffer
 from tvm_vitq.vta.blocks import Matrix, pack
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.device import SimulatedDevice
-from tvm_vitq.vta.matmul import Epilogue, Product
+from tvm_vitq.vta.epilogue import Epilogue
+from tvm_vitq.vta.matmul import Product
 from tvm_vitq.vta.operand import Operand
 from tvm_vitq.vta.program import Launch, PlacedProgram, Program
 from tvm_vitq.vta.tiles import Tile

@@ -13,7 +13,8 @@ from tvm_vitq.vta.blocks import Matrix
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.contexts import Contexts
 from tvm_vitq.vta.cycles import count_cycles
-from tvm_vitq.vta.matmul import Epilogue, Product
+from tvm_vitq.vta.epilogue import Epilogue
+from tvm_vitq.vta.matmul import Product
 from tvm_vitq.vta.tiles import Size, Tile, choose_tile, estimate, fits, tiles
 
 CONFIG = VtaConfig()

@@ -21,10 +21,12 @@ from tvm_vitq.vta.assembler import Assembler
 from tvm_vitq.vta.blocks import Matrix, constant_matrix
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.contexts import Contexts
+from tvm_vitq.vta.epilogue import Epilogue, Rows
 from tvm_vitq.vta.linear import Conversion, Layer, whole_sums
-from tvm_vitq.vta.matmul import Choose, Epilogue, Product, Rows, in_turns
+from tvm_vitq.vta.matmul import Choose, Product
 from tvm_vitq.vta.operand import Operand
 from tvm_vitq.vta.program import Launch
+from tvm_vitq.vta.turns import in_turns
 
 
 @dataclass(frozen=True)

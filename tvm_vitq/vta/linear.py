@@ -10,7 +10,8 @@ from tvm_vitq.numerics import INDEX_BITS, Array, Output
 from tvm_vitq.vta.assembler import Assembler
 from tvm_vitq.vta.blocks import Matrix, constant_matrix
 from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.matmul import Choose, Epilogue, Product
+from tvm_vitq.vta.epilogue import Epilogue
+from tvm_vitq.vta.matmul import Choose, Product
 from tvm_vitq.vta.operand import Operand
 from tvm_vitq.vta.program import Launch
 

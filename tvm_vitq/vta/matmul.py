@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from tvm_vitq.vta.blocks import Matrix, bias_as_products, filled
 from tvm_vitq.vta.config import PAGE, Memory
 from tvm_vitq.vta.contexts import Contexts
 from tvm_vitq.vta.cycles import count_cycles
+from tvm_vitq.vta.epilogue import Epilogue, Rows
 from tvm_vitq.vta.isa import Alu, AluOp, Gemm
 from tvm_vitq.vta.tiles import Size, Tile, choose_tile, fits
 
@@ -30,39 +30,6 @@ LARGEST_SHIFT = 15
 
 FEWEST_ROWS = 3
 """Micro-ops of a tile, so that none meets its own accumulator again within the pipeline."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A value for each row of a product, which the host gives for each run: accumulators of a buffer, from
-    `first` on, that hold it in all channels.
-    """
-
-    buffer: Buffer
-    first: int
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """What happens to sums: ``clip((sum + bias) >> shift, low, high)``, as int8 or in several bytes.
-
-    bias : int32 [N], `Rows` (then `by_rows`) or None;  shift : int32 [N], 0 to 31.
-    by_rows : whether these belong to rows of the result, [M], as where weights are the left operand.
-    low, high : 16-bit limits, or None.
-    planes : bytes of the result that are stored, the lowest first, each as a matrix of its own.
-    """
-
-    bias: Array | Rows | None
-    shift: Array
-    low: int | None = -128
-    high: int | None = 127
-    planes: int = 1
-    by_rows: bool = False
-
-    def of_channels(self, chosen: Array | slice) -> Epilogue:
-        """That of some channels, in this order."""
-        bias = self.bias[chosen] if isinstance(self.bias, np.ndarray) else self.bias
-        return replace(self, bias=bias, shift=self.shift[chosen])
 
 
 class _Open:
@@ -397,32 +364,6 @@ class Product:
         each = [common + 2 if len(s) > 1 else -(-int(s[0]) // LARGEST_SHIFT) for s in found if len(s)]
         limits = (self.epilogue.low is not None) + (self.epilogue.high is not None)
         return 2 * ("bias" in self._base) + float(np.mean(each)) + limits
-
-
-def in_turns(*lists: Sequence[Product]) -> None:
-    """Emits the products of each list one after the other, tiles of the lists in turns, so that all lists end
-    together by the cycles that the multipliers and the ALU need. Lists have contexts of their own.
-    """
-    work = [sum(map(_work, products)) for products in lists]
-    steps = [_weighted(products) for products in lists]
-    done = [0.0] * len(lists)
-    while any(share < 1 for share, total in zip(done, work, strict=True) if total):
-        at = min((n for n in range(len(lists)) if work[n]), key=lambda n: done[n])
-        done[at] += next(steps[at], work[at]) / work[at]
-
-
-def _weighted(products: Sequence[Product]) -> Iterator[float]:
-    """The cycles of each tile, once it is emitted."""
-    for product in products:
-        tiles = -(-product.sizes.rows // product.tile.rows) * -(
-            -product.sizes.columns // product.tile.columns
-        )
-        for _ in product.steps():
-            yield _work(product) / tiles
-
-
-def _work(product: Product) -> float:
-    return float(product.sizes.rows * product.sizes.columns * product.sizes.each)
 
 
 def _cut(count: int, step: int) -> Iterator[slice]:
