@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define BYTES (1u << 24)
+#define BYTES (1u << 26)
 #define PAGE 4096u
 
 typedef int (*Machine)(uint32_t instructions, uint32_t count);

@@ -13,7 +13,7 @@ from tvm_vitq.errors import VitqError
 from tvm_vitq.vta.simulator import Simulator
 
 SOURCE = Path(__file__).with_name("vta_stand_in.c")
-MEMORY = 1 << 24
+MEMORY = 1 << 26
 MACHINE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint32, ctypes.c_uint32)
 
 
