@@ -27,6 +27,7 @@ struct Error : std::runtime_error {
 
 struct Metadata {
   std::string model;
+  bool vta = false;                   // whether the library launches programs of VTA
   std::string target;                 // short name of the target, such as "aarch64-dotprod"
   std::vector<std::string> features;  // CPU flags that the code needs, as Linux spells them
   std::vector<int64_t> input_shape;   // N, 3, H, W; float32
@@ -95,6 +96,8 @@ inline Metadata ParseMetadata(const std::string& path, const std::string& text) 
   Metadata data;
   data.model = object[tvm::ffi::String("model")].cast<std::string>();
   data.target = target[tvm::ffi::String("key")].cast<std::string>();
+  data.vta = object.count(tvm::ffi::String("program_bytes")) != 0 &&
+             object[tvm::ffi::String("program_bytes")].cast<int64_t>() > 0;
   data.elf_machine = object[tvm::ffi::String("elf_machine")].cast<int64_t>();
   data.classes = object[tvm::ffi::String("classes")].cast<int64_t>();
   for (const auto& extent : object[tvm::ffi::String("input_shape")].cast<json::Array>())

@@ -102,6 +102,7 @@ std::string ShapeText(const std::vector<int64_t>& shape) {
 void CheckRunsHere(const std::string& path, const vitq::Metadata& meta) {
   if (meta.elf_machine != vitq::kElfMachine)
     throw Error(path + ": compiled for " + meta.target + ", another architecture than this machine's");
+  if (meta.vta) throw Error(path + ": compiled for VTA, which only tvm_vitq.load_library in Python drives");
   const std::string missing = vitq::MissingFlags(meta.features);
   if (!missing.empty())
     throw Error(path + ": compiled for " + meta.target + ", this CPU lacks: " + missing +

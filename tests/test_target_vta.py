@@ -109,6 +109,17 @@ def test_a_file_holds_everything(quantized, exported):
     assert [kernel.name for kernel in first.profile(images, repeat=1)]
 
 
+@pytest.mark.parametrize("target", ["llvm", "vta"])
+def test_a_file_that_is_written_anew_is_another_library(quantized, tmp_path, target):
+    """Also while the first one is in use, which goes on."""
+    file, images, libraries = tmp_path / "vit.so", images_for(quantized()), []
+    for bits in ("w8a8", "w4a4"):
+        tvm_vitq.compile(quantized("p2-vit", bits), target).export_library(file)
+        libraries.append(tvm_vitq.load_library(file))
+        assert np.array_equal(libraries[-1](images), quantized("p2-vit", bits).reference(images))
+    assert np.array_equal(libraries[0](images), quantized().reference(images))
+
+
 def test_another_configuration(quantized, tmp_path):
     """Half the scratchpads, on a board: other tiles, the same logits."""
     model = quantized()

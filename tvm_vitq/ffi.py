@@ -10,17 +10,21 @@ import ctypes
 import importlib.util
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from tvm_vitq import cpu, settings
 from tvm_vitq.errors import VitqError
 
 RUNTIME_LIBRARIES = ("tvm_runtime", "tvm_runtime_extra")
 _loaded: list[ctypes.CDLL] = []
+_files: dict[Path, tuple[int, int]] = {}
+"""Device and inode of the file that was first loaded from a path."""
 _lock = threading.Lock()
 _pool = threading.local()
 
@@ -49,6 +53,30 @@ def runtime() -> ModuleType:
             )
             carry_errors()
     return tvm_ffi
+
+
+def load_module(file: Path) -> Any:
+    """The module in a shared object.
+
+    The dynamic loader takes a file under a path that it knows for the one that it has loaded from there. One
+    that has been written anew since gets a path of its own.
+
+    Raises
+    ------
+    VitqError : no such file; no room for a path of its own.
+    """
+    path = file.resolve()
+    try:
+        status = path.stat()
+        identity = status.st_dev, status.st_ino
+        if _files.setdefault(path, identity) == identity:
+            return runtime().load_module(str(path))
+        with tempfile.TemporaryDirectory(prefix="tvm-vitq-") as folder:
+            link = Path(folder) / path.name
+            link.symlink_to(path)
+            return runtime().load_module(str(link))
+    except OSError as error:
+        raise VitqError("cannot load the library", where=file, got=error.strerror or error) from error
 
 
 def carry_errors() -> None:

@@ -332,7 +332,7 @@ class Library:
         """The function "main" of the library's virtual machine, loaded now if it was not yet."""
         if self._main is None:
             library_format.check_runs_here(self.info, self.info.model if self.executable else self._file)
-            module = ffi.runtime().load_module(str(self._linked().resolve()))
+            module = ffi.load_module(self._linked())
             running = self._attached()
             self._vm = module["vm_load_executable"]()
             self._vm["vm_initialization"](_CPU, 0, _POOLED)
