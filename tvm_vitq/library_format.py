@@ -91,8 +91,9 @@ def write(path: str | os.PathLike[str], shared_object: Path, info: LibraryInfo, 
     """
     with written_whole(path) as part, part.open("wb") as out, shared_object.open("rb") as elf:
         shutil.copyfileobj(elf, out, 1 << 20)
-        info = replace(info, program_at=out.tell(), program_bytes=len(program))
-        out.write(program)
+        if program:
+            info = replace(info, program_at=out.tell(), program_bytes=len(program))
+            out.write(program)
         elf_bytes = out.tell()
         text = json.dumps(info.to_json(), ensure_ascii=False, sort_keys=True).encode()
         out.write(text)
