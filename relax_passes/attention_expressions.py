@@ -165,7 +165,7 @@ def _codebook(info: dict[str, Any], distance: te.Tensor, edges: te.Tensor, value
 
 def int_byte(info: dict[str, Any], p: te.Tensor) -> te.Tensor:
     """A byte of p as int8, less BYTE_OFFSET: `byte` 0 is the lowest. If `negated`, a digit of ``-p``: the
-    the low one is -128 to 127 and the high one has the sign.
+    low one is -128 to 127 and the high one has the sign.
     """
     byte, offset = info["byte"], _int(BYTE_OFFSET)
 

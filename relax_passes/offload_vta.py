@@ -53,7 +53,14 @@ class Offload:
         self.notes: dict[str, str] = {}
 
     def __call__(self, mod: tvm.IRModule) -> tvm.IRModule:
-        return tvm.IRModule({"main": _Offload(self.program, self.notes, self.choose).transform(mod["main"])})
+        refused: dict[str, str] = {}
+        while True:  # again without attention that turned out to be no launch when its layers were taken
+            self.program.launches.clear()
+            self.notes.clear()
+            known = len(refused)
+            main = _Offload(self.program, self.notes, refused, self.choose).transform(mod["main"])
+            if len(refused) == known:
+                return tvm.IRModule({"main": main})
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,12 @@ class _Behind:
 
 
 class _Offload(Rewriter):
-    def __init__(self, program: Program, notes: dict[str, str], choose: Choose | None) -> None:
+    def __init__(
+        self, program: Program, notes: dict[str, str], refused: dict[str, str], choose: Choose | None
+    ) -> None:
         super().__init__()
         self.choose = choose
-        self.program, self.notes = program, notes
+        self.program, self.notes, self.refused = program, notes, refused
         self.config = program.config
         self.taken: set[str] = set()
         """qkv layers that attention takes into its launch."""
@@ -84,7 +93,8 @@ class _Offload(Rewriter):
 
     def transform(self, function: relax.Function) -> relax.Function:
         for found in attentions(function):
-            site, reason = attrs(found.node)["site"], why_not(found)
+            site = attrs(found.node)["site"]
+            reason = self.refused.get(site) or why_not(found)
             if reason is not None or found.before is None:
                 self.notes[site] = str(reason)
                 continue
@@ -101,13 +111,16 @@ class _Offload(Rewriter):
                 taken = attrs(node)["site"] not in self.notes
                 return self.attention(node, attrs(node), name) if taken else None
         except VitqError as error:
-            self.notes[attrs(node)["site"]] = error.what
+            to = self.notes if op_name(node) == "vitq.int_linear" else self.refused
+            to[attrs(node)["site"]] = error.what
         return None
 
     def launch(
         self, name: str, made: Launch, inputs: list[Expr], results: list[tuple[Any, str]]
     ) -> list[Expr]:
         """The call of a launch; `results` are shapes and dtypes."""
+        if name in self.program.launches:
+            raise ValueError(f"two launches {name}")
         number = constant(np.int32(len(self.program.launches)))
         self.program.launches[name] = made
         types = [relax.TensorType(shape, dtype) for shape, dtype in results]

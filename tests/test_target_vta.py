@@ -209,6 +209,10 @@ def broken_config(tmp_path, **change):
         ({"LOG_ACC_BUFF_SIZE": 20}, "instruction format"),
         ({"TARGET": "pinq"}, "unknown VTA TARGET"),
         ({"LOG_INP_BUF_SIZE": 15}, "LOG_INP_BUFF_SIZE"),
+        (
+            {"LOG_BLOCK": 1, "LOG_INP_BUFF_SIZE": 9, "LOG_WGT_BUFF_SIZE": 10, "LOG_ACC_BUFF_SIZE": 12},
+            "blocks are too small",
+        ),
     ],
 )
 def test_configurations_that_cannot_be(tmp_path, change, words):
@@ -221,6 +225,17 @@ def test_a_machine_too_small_for_a_layer(quantized, tmp_path):
     model = quantized()
     library = tvm_vitq.compile(model, broken_config(tmp_path, LOG_WGT_BUFF_SIZE=9, LOG_INP_BUFF_SIZE=9))
     assert "no tile of the product fits VTA" in library.report["vta"]["on_host"]["blocks.0.mlp.fc1"]
+    images = images_for(model)
+    assert np.array_equal(library(images), model.reference(images))
+
+
+def test_layers_of_attention_that_cannot_be_launches(quantized, tmp_path):
+    """Too few inputs fit for attention, but for its layer's products."""
+    model = quantized()
+    library = tvm_vitq.compile(model, broken_config(tmp_path, LOG_INP_BUFF_SIZE=10, LOG_ACC_BUFF_SIZE=12))
+    report = library.report["vta"]
+    assert set(report["on_host"]) == {"blocks.0.attn"}
+    assert "blocks.0.attn.qkv" in {row["name"] for row in report["launches"]}
     images = images_for(model)
     assert np.array_equal(library(images), model.reference(images))
 

@@ -97,6 +97,8 @@ def test_hidden_features_of_a_virtual_machine_are_not_used(monkeypatch):
         ("llvm -mcpu=a -mcpu=b", "twice"),
         ("lvm -mcpu=haswell", "did you mean llvm"),
         ("cuda", "not available yet"),
+        ({"kind": "vta", "config": 5}, "no VTA configuration"),
+        ("vta foo", "-driver"),
         ("vta -config=missing.json", "cannot read the VTA configuration"),
         ("cuda -arch=sm_90", "not available yet"),
         ("llvm -driver=a.so", "unknown target option"),

@@ -62,6 +62,27 @@ def test_records_of_another_machine_are_refused(tuned, tmp_path):
         find_runs(profile, tuned["path"])
 
 
+def test_records_that_do_not_fit_are_told(quantized, tuned, tmp_path):
+    """The default tile is used instead."""
+    lines = open(tuned["path"]).read().splitlines()
+    changed = [lines[0]]
+    for line in lines[1:]:
+        record = json.loads(line)
+        if record["schedule"]:
+            record["schedule"] = {"rows": 99, "height": 1}
+            record["seconds"] = [1e-9]
+        changed.append(json.dumps(record))
+    (tmp_path / "run.jsonl").write_text("\n".join([*changed, ""]))
+    report = tvm_vitq.compile(quantized, "vta", tuning_logs=tmp_path).report
+    assert any("default tile" in warning for warning in report["warnings"])
+    assert not report["vta"]["on_host"]
+
+
+def test_only_the_cycle_model_tunes(quantized, tmp_path):
+    with pytest.raises(VitqError, match="cycle model"):
+        tvm_vitq.tune(quantized, "vta", runner="rpc://localhost:9190/vta", work_dir=tmp_path)
+
+
 def test_a_run_that_is_interrupted_goes_on(quantized, tmp_path, monkeypatch):
     measured = Product.cycles
     count = 0

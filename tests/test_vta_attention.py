@@ -29,7 +29,7 @@ def test_attention_around_the_softmax_of_the_host(heads, passes):
         "attention", heads, v, passes, 2 * 2 ** (14 + 8 * passes - 8) * heads.tokens, CONFIG
     )
     program = Program(CONFIG, {"scores": scores, "values": values})
-    placed = PlacedProgram(program, SimulatedDevice(CONFIG, megabytes=32))
+    placed = PlacedProgram(program, SimulatedDevice(CONFIG, size=32 << 20))
 
     codes = np.clip((x.astype(int) @ weight.T.astype(int) + bias) >> shift, -128, 127)
     apart = codes.reshape(heads.batch, heads.tokens, 3, heads.heads, heads.width).transpose(2, 0, 3, 1, 4)
@@ -68,7 +68,7 @@ def test_values_as_codes_of_the_layer_behind(heads):
     made = Conversion(whole_sums(40, 2**21), "int32", False)
     behind = layer_launch("proj", heads, v, 2, by_head, layer, made, CONFIG)
     placed = PlacedProgram(
-        Program(CONFIG, {"scores": scores, "proj": behind}), SimulatedDevice(CONFIG, megabytes=32)
+        Program(CONFIG, {"scores": scores, "proj": behind}), SimulatedDevice(CONFIG, size=32 << 20)
     )
 
     codes = np.clip((x.astype(int) @ weight.T.astype(int)) >> shift, -128, 127)
@@ -83,3 +83,18 @@ def test_values_as_codes_of_the_layer_behind(heads):
     middle = np.clip(sums >> shifts, -100, 90).transpose(0, 2, 1, 3).reshape(heads.batch, heads.tokens, -1)
     assert len(np.unique(middle)) > 100
     assert np.array_equal(found, middle @ layer.T.astype(int))
+
+
+def test_large_shifts_of_heads_that_are_filled_up():
+    heads = Heads(1, 2, 16, 8, 16)
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-127, 128, (48, 32)).astype(np.int8)
+    epilogue = Epilogue(2**22 * np.ones(48, np.int64), np.full(48, 18))
+    scores, _ = scores_launch("qkv", heads, weight, epilogue, CONFIG)
+    placed = PlacedProgram(Program(CONFIG, {"scores": scores}), SimulatedDevice(CONFIG, size=8 << 20))
+    x = rng.integers(-128, 128, (1, 16, 32)).astype(np.int8)
+    _, both, _ = placed.run("scores", x)
+    codes = (x[0].astype(int) @ weight[:32].T.astype(int) + 2**22) >> 18
+    found = both.reshape(16, 4, 16)
+    assert np.array_equal(found[..., :8].reshape(16, 32), codes)
+    assert not found[..., 8:].any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from dataclasses import replace
 
@@ -47,7 +48,7 @@ def run_product(device: Device) -> np.ndarray:
 
 
 def test_the_simulator_is_a_device():
-    run_product(SimulatedDevice(CONFIG, megabytes=16))
+    run_product(SimulatedDevice(CONFIG, size=16 << 20))
 
 
 def test_a_driver_gives_the_same(built):
@@ -59,10 +60,11 @@ def test_a_driver_gives_the_same(built):
 
 def test_memory_runs_out(built):
     with pytest.raises(VitqError, match="no VTA memory left"):
-        SimulatedDevice(CONFIG, megabytes=1).allocate(1 << 20)
+        SimulatedDevice(CONFIG, size=1 << 20).allocate((1 << 20) + 1)
     device = DriverDevice(built(), CONFIG)
     with pytest.raises(VitqError, match="no VTA memory left"):
-        device.allocate(MEMORY)
+        for _ in range(MEMORY // LARGEST + 1):
+            device.allocate(LARGEST)
     with pytest.raises(VitqError, match="too large for one allocation"):
         device.allocate(LARGEST + 1)
     with pytest.raises(VitqError, match="no VTA memory left"):
@@ -110,3 +112,35 @@ def test_a_machine_that_hangs_is_left_alone(built):
     device.close()
     time.sleep(2.2)  # until the stand-in has returned into a library that is still there
     del kept
+
+
+def test_devices_of_one_driver_take_turns(built):
+    """They are one machine; and when it has hung, it has for all of them."""
+    library = built()
+    running, most = 0, 0
+
+    def machine(address: int, count: int) -> int:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.1)
+        running -= 1
+        return 0
+
+    kept = give_machine(library, machine)
+    devices = [DriverDevice(library, CONFIG) for _ in range(2)]
+    streams = [some_stream(device) for device in devices]
+    threads = [
+        threading.Thread(target=device.run, args=(stream, 1))
+        for device, stream in zip(devices, streams, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert kept and most == 1
+    kept = give_machine(library, lambda address, count: time.sleep(2) or 0)
+    with pytest.raises(VitqError, match="did not finish in time"):
+        DriverDevice(library, CONFIG, seconds=0.1).run(streams[0], 1)
+    with pytest.raises(VitqError, match="hung in an earlier run"):
+        devices[1].run(streams[1], 1)

@@ -25,7 +25,7 @@ def layer(columns: int, depth: int, low: int = 8, high: int = 11, seed: int = 0)
 
 def run(x: np.ndarray, weight: np.ndarray, made: Conversion) -> np.ndarray:
     program = Program(CONFIG, {"fc": linear_launch("fc", len(x), weight, made, CONFIG)})
-    return PlacedProgram(program, SimulatedDevice(CONFIG, megabytes=16)).run("fc", x)[0][0]
+    return PlacedProgram(program, SimulatedDevice(CONFIG, size=16 << 20)).run("fc", x)[0][0]
 
 
 @pytest.mark.parametrize("rows", [1, 50, 197])

@@ -50,7 +50,7 @@ def test_a_program_runs_before_and_after_it_was_saved(saved):
     program = two_launches()
     if saved:
         program = Program.from_bytes(program.to_bytes())
-    placed = PlacedProgram(program, SimulatedDevice(CONFIG, megabytes=8))
+    placed = PlacedProgram(program, SimulatedDevice(CONFIG, size=8 << 20))
     for x in (X, -(X // 2), X):
         (middle,) = placed.run("first", x)
         y, sums = placed.run("second")
@@ -88,13 +88,13 @@ def test_launches_must_follow_those_whose_results_they_read():
     program = two_launches()
     program.launches = dict(reversed(program.launches.items()))
     with pytest.raises(VitqError, match=r"(?s)not sound.*where: second.*uninitialized"):
-        PlacedProgram(program, SimulatedDevice(CONFIG, megabytes=8))
+        PlacedProgram(program, SimulatedDevice(CONFIG, size=8 << 20))
 
 
 def test_a_program_for_another_machine_is_refused():
     other = VtaConfig(log_inp_bytes=14)
     with pytest.raises(VitqError, match="for another VTA"):
-        PlacedProgram(two_launches(), SimulatedDevice(other, megabytes=8))
+        PlacedProgram(two_launches(), SimulatedDevice(other, size=8 << 20))
 
 
 def test_damaged_files_are_refused():
@@ -102,3 +102,20 @@ def test_damaged_files_are_refused():
     for damaged in (b"", b"text", data[:1000], data[: len(data) // 2]):
         with pytest.raises(VitqError, match="damaged"):
             Program.from_bytes(damaged, "file.so")
+
+
+def test_memory_is_given_back_when_there_is_too_little():
+    """What was allocated before is free again."""
+    freed = []
+
+    class Small(SimulatedDevice):
+        def allocate(self, size):
+            memory = super().allocate(size)
+            memory.free = lambda: freed.append(memory.address)
+            return memory
+
+    program = two_launches()
+    with pytest.raises(VitqError, match="no VTA memory left"):
+        PlacedProgram(program, Small(CONFIG, program.memory - 1))
+    assert len(freed) == len(set(freed)) > 2
+    PlacedProgram(program, Small(CONFIG, program.memory))

@@ -48,6 +48,7 @@ def compile_library(
     report = build_report(quantized, lowered, executable, profile, seconds, schedules)
     if offload:
         report |= vta_report(offload.program, offload.notes, tiles.tuned)
+        report["warnings"] += [f"{product}: {note}" for product, note in tiles.notes.items()]
     _show(profile, lowered, executable, report)
     info = LibraryInfo(
         model=quantized.name,

@@ -233,6 +233,8 @@ def bench_text(data: Mapping[str, Any]) -> str:
         "measured": f"{data['runs']} runs, batch {data['batch']}, {data['threads']} threads, "
         f"{data['images_per_second']:.0f} images/s",
     }
+    if "note" in data:
+        head["note"] = data["note"]
     total = sum(kernel["milliseconds"] for kernel in data["kernels"]) or 1.0
     rows = [
         (

@@ -130,7 +130,8 @@ def _malformed(text: str, part: str) -> VitqError:
         "malformed target string",
         where=f"target {text!r}",
         got=part or "nothing",
-        expected='"llvm [-mtriple=<triple>] [-mcpu=<cpu>] [-mattr=+<feature>,...] [-num-cores=<n>]"',
+        expected='"llvm [-mtriple=<triple>] [-mcpu=<cpu>] [-mattr=+<feature>,...] [-num-cores=<n>]" or "vta '
+        '[-config=<file>] [-driver=<library>] [options of llvm]"',
     )
 
 

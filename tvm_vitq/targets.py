@@ -10,13 +10,15 @@ is one entry in `ISAS` (and its kernels in schedules/).
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tvm_vitq import cpu, target_text
 from tvm_vitq.errors import VitqError, nearest
-from tvm_vitq.vta.config import VtaConfig, config_from, read_config
+from tvm_vitq.vta.config import LEAST_LOG_BLOCK, VtaConfig, config_from, read_config
 
 if TYPE_CHECKING:
     import tvm
@@ -194,7 +196,7 @@ def parse(target: str | Mapping[str, Any] | tvm.target.Target | TargetProfile) -
         return target
     options = target_text.read(target, ALIASES)
     if options["kind"] == "vta":
-        return replace(_cpu_profile(options), vta=_vta(options), driver=str(options.get("driver", "")))
+        return replace(_cpu_profile(options), vta=_vta(options), driver=str(options.get("driver") or ""))
     return _cpu_profile(options)
 
 
@@ -202,7 +204,22 @@ def _vta(options: Mapping[str, Any]) -> VtaConfig:
     config = options.get("config")
     if config is None:
         return VtaConfig()
-    return config_from(config) if isinstance(config, Mapping) else read_config(config)
+    if not config or not isinstance(config, (str, os.PathLike, Mapping)):
+        raise VitqError(
+            "no VTA configuration",
+            where="target option -config",
+            got=repr(config),
+            expected="a JSON file, or its content",
+        )
+    found = config_from(config) if isinstance(config, Mapping) else read_config(Path(config))
+    if found.log_block < LEAST_LOG_BLOCK:
+        raise VitqError(
+            "VTA blocks are too small",
+            where="LOG_BLOCK",
+            got=found.log_block,
+            expected=f"at least {LEAST_LOG_BLOCK}",
+        )
+    return found
 
 
 def _cpu_profile(options: Mapping[str, Any]) -> TargetProfile:

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Outcome:
     """See Library.benchmark and Library.profile."""
     import tvm_vitq
+    from tvm_vitq import settings
     from tvm_vitq.render import bench_text
 
     library = tvm_vitq.load_library(arguments.library, num_threads=arguments.threads)
@@ -31,5 +32,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     for kernel in kernels:
         kernel["instruction"] = instructions.get(kernel["name"], "")
     about = {"library": arguments.library, "model": library.info.model}
+    if library.info.target.vta and not (settings.VTA_DRIVER.value or library.info.target.driver):
+        about["note"] = "VTA was simulated: these are no latencies; `vitq inspect` has the cycles of a call"
     data: dict[str, Any] = {**about, **latency, "kernels": kernels}
     return Outcome(data, bench_text(data), not arguments.max_ms or latency["median_ms"] <= arguments.max_ms)

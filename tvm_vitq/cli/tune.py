@@ -39,7 +39,9 @@ def run(arguments: argparse.Namespace) -> Outcome:
     from tvm_vitq.targets import parse
     from tvm_vitq.tuning.run import read_runner
 
-    read_runner(arguments.runner, parse(arguments.target))  # told before the long work
+    profile = parse(arguments.target)
+    if not profile.vta:
+        read_runner(arguments.runner, profile)  # told before the long work
     if is_artifact(arguments.model):
         options.refuse_quantization(arguments)
         quantized = open_model(arguments.model)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from tvm_vitq.targets import TargetProfile
 from tvm_vitq.tuning.records import Record, Run, best, read_run, target_name
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.matmul import Product
-from tvm_vitq.vta.tiles import Tile
+from tvm_vitq.vta.tiles import Tile, tiles
 
 FOLDER = "tuning_logs"
 """Where `tvm_vitq.tune` writes and `tvm_vitq.compile` looks, besides what the package brings along."""
@@ -81,18 +83,30 @@ class TunedTiles:
     Attributes
     ----------
     tuned : names of the products that have a record.
+    notes : products whose record could not be used.
     """
 
     def __init__(self, runs: list[Run]) -> None:
         self.records = best(record for run in runs for record in run.records)
         self.tuned: set[str] = set()
+        self.notes: dict[str, str] = {}
 
     def __call__(self, product: Product) -> Tile | None:
         record = self.records.get(product.signature)
         if record is None:
             return None
-        self.tuned.add(product.name)
-        return Tile(**record.schedule) if record.schedule is not None else None
+        tile = None if record.schedule is None else _tile(record.schedule, product)
+        if tile is None and record.schedule is not None:
+            self.notes[product.name] = f"default tile: that of its record does not fit ({record.schedule})"
+        else:
+            self.tuned.add(product.name)
+        return tile
+
+
+def _tile(schedule: Mapping[str, Any], product: Product) -> Tile | None:
+    """The tile of a record, None if there is no such tile of the product."""
+    found = [tile for tile in tiles(product.sizes, product.config) if asdict(tile) == dict(schedule)]
+    return found[0] if found else None
 
 
 class TunedSchedules:

@@ -48,6 +48,13 @@ def tune_model(
     if trials < 1:
         raise VitqError("nothing to try", where="trials", got=trials, expected="at least 1")
     if profile.vta:
+        if runner != "local" or threads:
+            raise VitqError(
+                "VTA is tuned by its cycle model, on one core of this machine",
+                where="runner, threads",
+                got=f"{runner}, {threads}",
+                expected="local, 0",
+            )
         how: dict[str, Any] = {"work_dir": work_dir, "resume": resume, "progress": progress}
         return tune_vta(quantized, profile, trials=trials, seconds=seconds, **how)
     device = Device(read_runner(runner, profile), threads or profile.threads)

@@ -55,7 +55,8 @@ def tune_vta(
     """See tvm_vitq.tune."""
     assert profile.vta is not None
     target = vta_name(profile.vta)
-    path = Path(work_dir or FOLDER) / VTA_FOLDER / f"{model_name(quantized)}-{profile.vta.text}.jsonl"
+    machine = target.removeprefix(f"{VTA_FOLDER}-")
+    path = Path(work_dir or FOLDER) / VTA_FOLDER / f"{model_name(quantized)}-{machine}.jsonl"
     records = earlier_records(path, resume, target)
     tasks = find_products(quantized, profile)
     writer = Writer(path, target, _about(quantized, profile.vta, trials))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -212,13 +213,13 @@ def _filled_up(weight: Array, epilogue: Epilogue, heads: Heads) -> tuple[Array, 
     if (epilogue.low or 0) > 0 or (epilogue.high or 0) < 0:
         raise VitqError("codes of q, k and v without 0", got=f"{epilogue.low} to {epilogue.high}")
 
-    def filled_up(values: Array) -> Array:
+    def filled_up(values: Array, **how: Any) -> Array:
         each = values.reshape(-1, heads.width, *values.shape[1:])
         width = [(0, 0), (0, heads.wide - heads.width), *[(0, 0)] * (values.ndim - 1)]
-        return np.pad(each, width).reshape(-1, *values.shape[1:])
+        return np.pad(each, width, **how).reshape(-1, *values.shape[1:])
 
     bias = filled_up(epilogue.bias) if isinstance(epilogue.bias, np.ndarray) else None
-    return filled_up(weight), replace(epilogue, bias=bias, shift=filled_up(epilogue.shift))
+    return filled_up(weight), replace(epilogue, bias=bias, shift=filled_up(epilogue.shift, mode="edge"))
 
 
 def largest_code(epilogue: Epilogue) -> int:

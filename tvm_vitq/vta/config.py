@@ -56,6 +56,9 @@ bytes of scratchpads.
 PAGE = 4096
 """Bytes. Allocations start at multiples, so that every element is aligned to its size."""
 
+LEAST_LOG_BLOCK = 2
+"""Of machines to compile for: tiles of fewer rows would meet the results that are still in the pipeline."""
+
 UOP_BYTES = 4
 INSTRUCTION_BYTES = 16
 PORTABLE_UOPS = 2048

@@ -52,12 +52,12 @@ class SimulatedDevice:
     Parameters
     ----------
     config : the machine.
-    megabytes : of device memory; what is not used costs nothing.
+    size : bytes of device memory; what is not used costs nothing.
     """
 
-    def __init__(self, config: VtaConfig, megabytes: int = 1024) -> None:
+    def __init__(self, config: VtaConfig, size: int) -> None:
         self.config = config
-        self._memory: Array = np.zeros(megabytes << 20, np.uint8)
+        self._memory: Array = np.zeros(PAGE + size, np.uint8)
         self._simulator = Simulator(config, self._memory)
         self._end = PAGE
 

@@ -66,6 +66,17 @@ def load_driver(path: str | Path) -> ctypes.CDLL:
     return library
 
 
+class _Machine:
+    """What all devices of one driver share: they run one stream at a time, and none once it has hung."""
+
+    def __init__(self) -> None:
+        self.lock, self.hung = threading.Lock(), False
+
+
+_machines: dict[Path, _Machine] = {}
+"""By path of the driver."""
+
+
 class DriverDevice:
     """A machine behind a driver.
 
@@ -84,17 +95,21 @@ class DriverDevice:
         self.config, self._path, self._seconds = config, str(path), seconds
         self._driver = load_driver(path)
         self._handle = self._driver.VTADeviceAlloc()
-        self._hung = False
+        self._machine = _machines.setdefault(Path(path).resolve(), _Machine())
         if not self._handle:
             raise VitqError("VTA driver finds no machine", where=self._path)
 
     def allocate(self, size: int) -> _Driven:
         """See `Device`."""
-        return _Driven(self._driver, size, self._path)
+        return _Driven(self._driver, size, self._path, self._machine)
 
     def run(self, stream: Allocation, count: int) -> None:
         """See `Device`; in a thread, so that a driver that never returns does not keep the caller."""
-        if self._hung:
+        with self._machine.lock:
+            self._run(stream, count)
+
+    def _run(self, stream: Allocation, count: int) -> None:
+        if self._machine.hung:
             raise VitqError(
                 "VTA hung in an earlier run", where=self._path, fix="reset the board, then start anew"
             )
@@ -108,7 +123,7 @@ class DriverDevice:
         worker.start()
         worker.join(self._seconds)
         if worker.is_alive():
-            self._hung = True
+            self._machine.hung = True
             raise VitqError(
                 "VTA did not finish in time",
                 where=self._path,
@@ -124,14 +139,14 @@ class DriverDevice:
 
     def close(self) -> None:
         """See `Device`."""
-        if self._handle and not self._hung:
+        if self._handle and not self._machine.hung:
             self._driver.VTADeviceFree(self._handle)
         self._handle = None
 
 
 class _Driven:
-    def __init__(self, driver: ctypes.CDLL, size: int, path: str) -> None:
-        self._driver, self.size = driver, size
+    def __init__(self, driver: ctypes.CDLL, size: int, path: str, machine: _Machine) -> None:
+        self._driver, self.size, self._machine = driver, size, machine
         if size > LARGEST:
             raise VitqError(
                 "too large for one allocation of VTA", where=path, got=f"{size} bytes", expected=f"{LARGEST}"
@@ -162,7 +177,7 @@ class _Driven:
         return found
 
     def free(self) -> None:
-        """See `Allocation`."""
-        if self._pointer:
+        """See `Allocation`; not what a machine that hangs may still write to."""
+        if self._pointer and not self._machine.hung:
             self._driver.VTAMemFree(self._pointer)
         self._pointer = None

@@ -13,7 +13,6 @@ import numpy as np
 
 from tvm_vitq import ffi
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.device import Device, SimulatedDevice
 from tvm_vitq.vta.driver import DriverDevice
 from tvm_vitq.vta.program import PlacedProgram, Program
@@ -41,8 +40,13 @@ class Accelerator:
     def __init__(self, program: Program, driver: str = "") -> None:
         self._names = list(program.launches)
         self._inputs = {name: len(launch.inputs) for name, launch in program.launches.items()}
-        self._placed = PlacedProgram(program, _device(program.config, driver))
-        weakref.finalize(self, self._placed.close)
+        device = _device(program, driver)
+        try:
+            self._placed = PlacedProgram(program, device)
+        except BaseException:
+            device.close()
+            raise
+        weakref.finalize(self, _close, self._placed, device)
         ffi.runtime().register_global_func(LAUNCH, _launch, override=True)
 
     @contextmanager
@@ -68,8 +72,15 @@ def _launch(number: Any, *tensors: Any) -> None:
     _calling.accelerator.launch(int(np.from_dlpack(number)), arrays)
 
 
-def _device(config: VtaConfig, driver: str) -> Device:
-    return DriverDevice(driver, config) if driver else SimulatedDevice(config)
+def _device(program: Program, driver: str) -> Device:
+    if driver:
+        return DriverDevice(driver, program.config)
+    return SimulatedDevice(program.config, program.memory)
+
+
+def _close(placed: PlacedProgram, device: Device) -> None:
+    placed.close()
+    device.close()
 
 
 def _writable(array: Array) -> Array:

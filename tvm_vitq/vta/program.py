@@ -19,10 +19,10 @@ from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
 from tvm_vitq.vta.assembler import Buffer, Stream
 from tvm_vitq.vta.check import Region, require_sound
-from tvm_vitq.vta.config import VtaConfig
+from tvm_vitq.vta.config import INSTRUCTION_BYTES, PAGE, VtaConfig
 from tvm_vitq.vta.cycles import Cycles, count_cycles
-from tvm_vitq.vta.device import Device
-from tvm_vitq.vta.isa import Store, decode, encode
+from tvm_vitq.vta.device import Allocation, Device
+from tvm_vitq.vta.isa import Instruction, Store, decode, encode
 from tvm_vitq.vta.operand import Operand
 
 HEADER = "program.json"
@@ -57,6 +57,13 @@ class Program:
         """All buffers, each once, in the order of their first use."""
         used = (buffer for launch in self.launches.values() for buffer in launch.stream.buffers)
         return list(dict.fromkeys(used))
+
+    @property
+    def memory(self) -> int:
+        """Bytes of device memory that it needs."""
+        streams = (INSTRUCTION_BYTES * len(launch.stream.program) for launch in self.launches.values())
+        sizes = [*(buffer.size for buffer in self.buffers), *streams]
+        return sum(-(-max(size, 1) // PAGE) * PAGE for size in sizes)
 
     def to_bytes(self) -> bytes:
         """A file's content, for `from_bytes`."""
@@ -145,12 +152,21 @@ class PlacedProgram:
                 "program is for another VTA", got=program.config, expected=device.config, fix="build it again"
             )
         self._program, self._device = program, device
-        self._allocated = {buffer: device.allocate(buffer.size) for buffer in program.buffers}
+        self._allocated: dict[Buffer, Allocation] = {}
+        self._streams: dict[str, Allocation] = {}
+        self._programs: dict[str, list[Instruction]] = {}
+        try:
+            self._place(program, device)
+        except BaseException:
+            self.close()
+            raise
+
+    def _place(self, program: Program, device: Device) -> None:
+        for buffer in program.buffers:
+            self._allocated[buffer] = device.allocate(buffer.size)
         for buffer, memory in self._allocated.items():
             if buffer.contents is not None:
                 memory.write(buffer.contents)
-        self._streams = {}
-        self._programs = {}
         stored: set[Buffer] = set()
         for name, launch in program.launches.items():
             stream = launch.stream
@@ -164,7 +180,7 @@ class PlacedProgram:
             require_sound(placed, program.config, regions, name)
             stored |= writes
             self._programs[name] = placed
-            self._streams[name] = device.allocate(16 * len(placed))
+            self._streams[name] = device.allocate(INSTRUCTION_BYTES * len(placed))
             self._streams[name].write(np.frombuffer(encode(placed, program.config), np.uint8))
 
     def _region(self, buffer: Buffer, writes: set[Buffer], stored: set[Buffer]) -> Region:
@@ -179,7 +195,7 @@ class PlacedProgram:
         )
 
     def run(self, name: str, *inputs: Array) -> list[Array]:
-        """Runs a launch: int8 tensors to device memory, the stream, and its results from there."""
+        """Runs a launch: tensors to device memory, the stream, and its results from there."""
         launch, block = self._program.launches[name], self._device.config.block
         for operand, tensor in zip(launch.inputs, inputs, strict=True):
             self._allocated[operand.planes[0]].write(operand.packed(tensor, block))

@@ -19,7 +19,7 @@ def vta_report(program: Program, notes: Mapping[str, str], tuned: Collection[str
     VitqError : a stream that is not sound.
     """
     config = program.config
-    placed = PlacedProgram(program, SimulatedDevice(config))
+    placed = PlacedProgram(program, SimulatedDevice(config, program.memory))
     launches: list[dict[str, Any]] = []
     for name, launch in program.launches.items():
         cycles = placed.cycles(name)

@@ -19,7 +19,7 @@ class Tile:
     """What is in the scratchpads at a time, in blocks.
 
     rows, columns : of the result;  depth : of the sum.
-    contexts : 2, or 1 to see what overlapping is worth.
+    contexts : one of CONTEXTS, or 1 to see what overlapping is worth.
     rows_last : whether the next tile is the one below, for which weights stay, instead of the one beside,
         for which inputs do.
     """
