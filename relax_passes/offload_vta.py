@@ -230,6 +230,6 @@ class _Offload(Rewriter):
                 site, heads, v, digits.passes, codes.epilogues, weight, made, self.config, self.choose
             )
         except VitqError:
-            return None  # then each for itself, with the reason
+            return None  # then each is a launch of its own, if it can be one
         self.behind[site] = _Behind(launch, [constant(codes.constant)], made, bias)
         return self.behind[site]
