@@ -170,14 +170,13 @@ class _Offload(Rewriter):
         )
         layer = self.definition(node.args[0])
         qkv, codes, made = attrs(layer)["site"], layer.args[0], layer_conversion(layer)
-        first, v = scores_launch(qkv, heads, value_of(layer.args[1]), made.epilogue, self.config)
         digits = Digits.of(probs, tokens)
+        weight = value_of(layer.args[1])
+        first, v = scores_launch(qkv, heads, weight, made.epilogue, digits.needs_v, self.config)
         behind = self.layer_behind(node, heads, v, digits, value_of(zero_v))
         if behind is None:
             largest = digits.largest * largest_code(made.epilogue)
             second = values_launch(info["site"], heads, v, probs.planes, largest, self.config, self.choose)
-        if not digits.needs_v:
-            first.outputs.pop()
         squares = (batch * count, tokens, tokens)
         given = self.shaped(codes, (batch, tokens, shape_of(codes)[-1]), qkv)
         results = [

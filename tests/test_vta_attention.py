@@ -15,16 +15,16 @@ from tvm_vitq.vta.program import PlacedProgram, Program
 CONFIG = VtaConfig()
 
 
-@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(("passes", "needs_v"), [(1, True), (2, True), (2, False)])
 @pytest.mark.parametrize("heads", [Heads(1, 3, 197, 64, 16), Heads(2, 2, 50, 32, 16)], ids=str)
-def test_attention_around_the_softmax_of_the_host(heads, passes):
+def test_attention_around_the_softmax_of_the_host(heads, passes, needs_v):
     rng = np.random.default_rng(heads.tokens)
     depth, channels = heads.channels, heads.channels
     x = rng.integers(-128, 128, (heads.batch, heads.tokens, depth)).astype(np.int8)
     weight = rng.integers(-127, 128, (3 * channels, depth)).astype(np.int8)
     bias = rng.integers(-(2**16), 2**16, 3 * channels)
     shift = rng.integers(9, 12, 3 * channels)
-    scores, v = scores_launch("qkv", heads, weight, Epilogue(bias, shift), CONFIG)
+    scores, v = scores_launch("qkv", heads, weight, Epilogue(bias, shift), needs_v, CONFIG)
     values = values_launch(
         "attention", heads, v, passes, 2 * 2 ** (14 + 8 * passes - 8) * heads.tokens, CONFIG
     )
@@ -34,11 +34,13 @@ def test_attention_around_the_softmax_of_the_host(heads, passes):
     codes = np.clip((x.astype(int) @ weight.T.astype(int) + bias) >> shift, -128, 127)
     apart = codes.reshape(heads.batch, heads.tokens, 3, heads.heads, heads.width).transpose(2, 0, 3, 1, 4)
     q, k, v_codes = apart
-    found, both, transposed = placed.run("scores", x)
+    found, both, *transposed = placed.run("scores", x)
     expected = q @ k.swapaxes(-1, -2)
     assert np.array_equal(found.reshape(expected.shape), expected)
     assert np.array_equal(both, codes[..., : 2 * channels])
-    assert np.array_equal(transposed, codes[..., 2 * channels :].swapaxes(1, 2))
+    assert len(transposed) == needs_v
+    for found in transposed:
+        assert np.array_equal(found, codes[..., 2 * channels :].swapaxes(1, 2))
 
     parts = rng.integers(-128, 128, (passes, *expected.shape)).astype(np.int8)
     whole = sum(256 ** (passes - 1 - n) * part.astype(int) for n, part in enumerate(parts))
@@ -61,7 +63,7 @@ def test_values_as_codes_of_the_layer_behind(heads):
     weight = rng.integers(-127, 128, (3 * channels, 32)).astype(np.int8)
     shift = rng.integers(9, 12, 3 * channels)
     x = rng.integers(-128, 128, (heads.batch, heads.tokens, 32)).astype(np.int8)
-    scores, v = scores_launch("qkv", heads, weight, Epilogue(None, shift), CONFIG)
+    scores, v = scores_launch("qkv", heads, weight, Epilogue(None, shift), False, CONFIG)
     layer = rng.integers(-127, 128, (40, channels)).astype(np.int8)
     held = -(-heads.tokens // 16) * 16
     by_head = [Epilogue(None, np.full(held, 13 + n), -100, 90, by_rows=True) for n in range(heads.heads)]
@@ -90,11 +92,11 @@ def test_large_shifts_of_heads_that_are_filled_up():
     rng = np.random.default_rng(0)
     weight = rng.integers(-127, 128, (48, 32)).astype(np.int8)
     epilogue = Epilogue(2**22 * np.ones(48, np.int64), np.full(48, 18))
-    scores, _ = scores_launch("qkv", heads, weight, epilogue, CONFIG)
+    scores, _ = scores_launch("qkv", heads, weight, epilogue, False, CONFIG)
     placed = PlacedProgram(Program(CONFIG, {"scores": scores}), SimulatedDevice(CONFIG, size=8 << 20))
     x = rng.integers(-128, 128, (1, 16, 32)).astype(np.int8)
-    _, both, _ = placed.run("scores", x)
+    _, both = placed.run("scores", x)
     codes = (x[0].astype(int) @ weight[:32].T.astype(int) + 2**22) >> 18
-    found = both.reshape(16, 4, 16)
+    found = both.reshape(16, 4, 16)  # q and k of each head, that fill up
     assert np.array_equal(found[..., :8].reshape(16, 32), codes)
     assert not found[..., 8:].any()

@@ -18,6 +18,7 @@ import numpy as np
 from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
 from tvm_vitq.vta.config import PORTABLE_UOPS, UOP_BYTES, Memory, VtaConfig
+from tvm_vitq.vta.cycles import duration
 from tvm_vitq.vta.isa import (
     Alu,
     Finish,
@@ -95,6 +96,7 @@ class Assembler:
         self._program: list[Instruction] = []
         self._buffers: list[Buffer | None] = []
         self._positions: dict[Stage, list[int]] = {at: [] for at in Stage}
+        self._ends: dict[Stage, list[int]] = {at: [] for at in Stage}
         self._clock = {at: np.zeros(3, np.int64) for at in Stage}
         self._after: list[Array] = []
         self._pads = {memory: _Elements(config.depth(memory)) for memory in Memory}
@@ -149,8 +151,38 @@ class Assembler:
         self._deferred.append((accumulators, steps))
 
     def advance(self) -> None:
-        """One step of everything deferred."""
-        self._deferred = [entry for entry in self._deferred if next(entry[1], self) is None]
+        """One step of everything deferred whose accumulators are not being stored any more."""
+        now = self.now
+        self._deferred = [
+            entry for entry in self._deferred if self.stored(entry[0]) > now or next(entry[1], self) is None
+        ]
+
+    @property
+    def now(self) -> int:
+        """When the compute stage is done with what it has been given, in cycles: an estimate, in which every
+        stage has a channel of its own.
+        """
+        return self._ends[Stage.COMPUTE][-1] if self._ends[Stage.COMPUTE] else 0
+
+    def stored(self, accumulators: range) -> int:
+        """When nothing in these is being stored any more."""
+        return self._end(
+            Stage.STORE,
+            int(
+                self._pads[Memory.OUT]
+                .read[Stage.STORE][accumulators.start : accumulators.stop]
+                .max(initial=-1)
+            ),
+        )
+
+    def written(self, buffer: Buffer) -> int:
+        """When the last result in a buffer is stored."""
+        if buffer not in self._far:
+            return 0
+        return self._end(Stage.STORE, int(self._far[buffer].wrote[Stage.STORE].max(initial=-1)))
+
+    def _end(self, at: Stage, rank: int) -> int:
+        return self._ends[at][rank] if rank >= 0 else 0
 
     def settle(self, accumulators: range) -> None:
         """All steps of what is deferred in any of these, which are about to be overwritten."""
@@ -227,6 +259,9 @@ class Assembler:
                 between = self._wait(no_op(Stage.COMPUTE), None, {other: needed[other]})
                 needed[Stage.COMPUTE] = max(needed.get(Stage.COMPUTE, -1), between)
         clock = self._clock[at]
+        begin = max(
+            [*self._ends[at][-1:], *(self._end(other, rank) for other, rank in needed.items())], default=0
+        )
         for other, rank in needed.items():
             if rank >= self._clock[at][other] and abs(other - at) == 1:
                 pusher = self._positions[other][rank]
@@ -239,6 +274,7 @@ class Assembler:
         clock[at] = rank + 1
         self._clock[at] = clock
         self._positions[at].append(len(self._program))
+        self._ends[at].append(begin + duration(instruction, self.config))
         self._program.append(instruction)
         self._buffers.append(buffer)
         self._after.append(clock)

@@ -55,11 +55,28 @@ class Heads:
         return self.heads * self.wide
 
 
+@dataclass(frozen=True)
+class Values:
+    """v transposed, int8 [batch, channels, tokens], as `scores_launch` leaves it on the device.
+
+    order : its channels in the order in which memory has them.
+    """
+
+    operand: Operand
+    order: Array
+
+    def head(self, image: int, head: int, heads: Heads) -> Matrix:
+        """That of a head."""
+        (matrix,) = self.operand.matrices(image, heads.block)
+        return _rows(matrix, head * heads.wide, heads.wide, heads.block)
+
+
 def scores_launch(
-    name: str, heads: Heads, weight: Array, epilogue: Epilogue, config: VtaConfig
-) -> tuple[Launch, Operand]:
+    name: str, heads: Heads, weight: Array, epilogue: Epilogue, needs_v: bool, config: VtaConfig
+) -> tuple[Launch, Values]:
     """Codes int8 [batch, tokens, C] to the sums of ``q k.T``, int32 [batch * heads, tokens, tokens], the
-    codes of q and k, [batch, tokens, 2 channels], and those of v transposed, [batch, channels, tokens].
+    codes of q and k, [batch, tokens, 2 channels], and, where the host `needs_v`, those of v transposed,
+    [batch, channels, tokens].
 
     Parameters
     ----------
@@ -68,7 +85,7 @@ def scores_launch(
 
     Returns
     -------
-    The launch, and v, which `values_launch` reads.
+    The launch, and v for the one behind the softmax.
     """
     block, channels, wide = heads.block, heads.channels, heads.wide
     x = Operand.made(f"{name} input", (heads.batch, heads.tokens, weight.shape[1]), "int8", block)
@@ -85,46 +102,65 @@ def scores_launch(
     )
     macs = heads.batch * heads.tokens * (weight.size + heads.tokens * heads.heads * heads.width)
     weight, epilogue = _filled_up(weight, epilogue, heads)
-    weights = constant_matrix(f"{name} weight", weight, block)
+    order, v_order = _sorted_by_shift(epilogue.shift, heads, not needs_v)
+    qk = replace(qk, order=tuple(order[:, : 2 * wide].ravel().tolist()))
+    weights = constant_matrix(f"{name} weight", weight[order.ravel()], block)
+    epilogue = epilogue.of_channels(order.ravel())
+    values = Values(v, v_order)
     assembler = Assembler(config)
     constants = 2 * wide  # bias and shift of a head, by row for v
     front, back = (Contexts(config, 2, constants, share) for share in ((0, 3, 4), (3, 1, 4)))
 
-    def layer(part: int, head: int) -> tuple[Matrix, Epilogue]:
-        """Weights and epilogue of q, k or v of a head."""
-        start = part * channels + head * wide
-        return _rows(weights, start, wide, block), epilogue.of_channels(slice(start, start + wide))
+    def layer(head: int, start: int, width: int) -> tuple[Matrix, Epilogue]:
+        """Weights and epilogue of some channels of a head."""
+        start += 3 * wide * head
+        return _rows(weights, start, width, block), epilogue.of_channels(slice(start, start + width))
 
     def product(left: Matrix, right: Matrix, outs: list[Matrix], to: Epilogue, where: Contexts) -> Product:
         rows = wide if to.by_rows else heads.tokens
         return Product(assembler, [left], right, outs, to, None, rows, name, where)
 
     for image in range(heads.batch):
-        (inputs,), (both,), (values,) = (o.matrices(image, block) for o in (x, qk, v))
+        (inputs,), (both,) = (o.matrices(image, block) for o in (x, qk))
         # The sums of scores keep the store stage busy, layers the multipliers: the scores of a head go with
         # the layers of the next one, those of the last with v.
         scoring: list[Product] = []
         for head in range(heads.heads):
-            q, k = (_columns(both, start + head * wide, wide, block) for start in (0, channels))
-            layers = [
-                product(inputs, right, [out], to, front)
-                for (right, to), out in ((layer(0, head), q), (layer(1, head), k))
-            ]
-            in_turns(layers, scoring)
+            right, to = layer(head, 0, 2 * wide)
+            out = _columns(both, 2 * wide * head, 2 * wide, block)
+            in_turns([product(inputs, right, [out], to, front)], scoring)
+            q, k = (_columns(out, start, wide, block) for start in (0, wide))
             scoring = [product(q, k, scores.matrices(image * heads.heads + head, block), sum_, back)]
         layers = []
         for head in range(heads.heads):
-            left, to = layer(2, head)
-            out = _rows(values, head * wide, wide, block)
+            left, to = layer(head, 2 * wide, wide)
+            out = values.head(image, head, heads)
             layers.append(product(left, inputs, [out], replace(to, by_rows=True), front))
         in_turns(layers, scoring)
-    return Launch(assembler.finish(), [x], [scores, qk, v], macs), v
+    outputs = [scores, qk, v] if needs_v else [scores, qk]
+    return Launch(assembler.finish(), [x], outputs, macs), values
+
+
+def _sorted_by_shift(shift: Array, heads: Heads, sort_v: bool) -> tuple[Array, Array]:
+    """Channels of q, k and v by head, [heads, 3 wide], in an order in which most blocks have one shift, q
+    and k the same; and that of v by itself.
+    """
+    each = shift.reshape(3, heads.heads, heads.wide)
+    both = np.lexsort((each[1], each[0]))
+    v = (
+        np.argsort(each[2], axis=-1, kind="stable")
+        if sort_v
+        else np.broadcast_to(np.arange(heads.wide), both.shape)
+    )
+    start = heads.wide * np.arange(heads.heads)[:, None]
+    orders = [start + part * heads.channels + of for part, of in enumerate((both, both, v))]
+    return np.concatenate(orders, 1), (start + v).ravel()
 
 
 def values_launch(
     name: str,
     heads: Heads,
-    v: Operand,
+    v: Values,
     passes: int,
     largest: int,
     config: VtaConfig,
@@ -145,12 +181,12 @@ def values_launch(
         sum_.planes,
         written=False,
     )
+    out = replace(out, order=tuple(v.order.tolist()))
     assembler = Assembler(config)
     for image in range(heads.batch):
-        (values,) = v.matrices(image, block)
         for head in range(heads.heads):
             lefts = [p.matrices(image * heads.heads + head, block)[0] for p in ps]
-            right = _rows(values, head * heads.wide, heads.wide, block)
+            right = v.head(image, head, heads)
             outs = [_columns(m, head * heads.wide, heads.wide, block) for m in out.matrices(image, block)]
             Product(assembler, lefts, right, outs, sum_, None, heads.tokens, name, choose=choose).emit()
     macs = heads.batch * heads.tokens**2 * heads.heads * heads.width
@@ -160,7 +196,7 @@ def values_launch(
 def layer_launch(
     name: str,
     heads: Heads,
-    v: Operand,
+    v: Values,
     passes: int,
     codes: Sequence[Epilogue],
     weight: Array,
@@ -182,16 +218,16 @@ def layer_launch(
     terms = Operand.of_rows(f"{name} row terms", shape[0], heads.tokens, block)
     whole = (heads.batch, heads.tokens, heads.channels)
     middle = Operand.made(f"{name} input", whole, "int8", block, written=False)
-    layer = Layer.of(name, _filled_up_inputs(weight, heads), made, block)
+    layer = Layer.of(name, _filled_up_inputs(weight, heads)[:, v.order], made, block)
     y = layer.result(heads.batch, heads.tokens)
     assembler = Assembler(config)
     held = -(-heads.tokens // block) * block
     for image in range(heads.batch):
-        (values,), (inputs,) = v.matrices(image, block), middle.matrices(image, block)
+        (inputs,) = middle.matrices(image, block)
         for head in range(heads.heads):
             number = image * heads.heads + head
             lefts = [p.matrices(number, block)[0] for p in ps]
-            right = _rows(values, head * heads.wide, heads.wide, block)
+            right = v.head(image, head, heads)
             out = _columns(inputs, head * heads.wide, heads.wide, block)
             added = replace(codes[head], bias=Rows(terms.planes[0], number * held), by_rows=True)
             Product(assembler, lefts, right, [out], added, None, heads.tokens, name, choose=choose).emit()

@@ -80,6 +80,23 @@ def bursts(transfer: Transfer, element_bytes: int, config: VtaConfig) -> Iterato
             start = stop
 
 
+def duration(instruction: Instruction, config: VtaConfig) -> int:
+    """Cycles of an instruction that waits for nothing: its reads find the channel idle."""
+    if isinstance(instruction, Transfer) and instruction.columns:
+        element_bytes = config.element_bytes(instruction.memory)
+        beats = list(bursts(instruction, element_bytes, config))
+        if isinstance(instruction, Load):
+            return (
+                LOAD_START + padding(instruction) + FIRST_BURST + sum(beats) + NEXT_BURST * (len(beats) - 1)
+            )
+        return STORE_START + STORE_BURST * len(beats) + sum(beats) + instruction.rows * instruction.columns
+    if isinstance(instruction, Gemm):
+        return instruction.count + LOOP_START
+    if isinstance(instruction, Alu):
+        return instruction.count * (1 + (instruction.immediate is None)) + LOOP_START
+    return SHORT
+
+
 def padding(load: Load) -> int:
     """Elements of zeros that a load writes."""
     height = load.rows + load.pad_top + load.pad_bottom
@@ -202,31 +219,22 @@ class _Machine:
             self.finished |= isinstance(instruction, Finish)
 
     def _execute(self, instruction: Instruction) -> Process:
-        if isinstance(instruction, Transfer):
-            if not instruction.columns:
-                yield "sleep", SHORT
-            elif isinstance(instruction, Store):
-                yield from self._store(instruction)
-            elif isinstance(instruction, Load):
-                yield from self._load(instruction)
-        elif isinstance(instruction, Gemm):
+        if isinstance(instruction, Load) and instruction.columns:
+            yield from self._load(instruction)
+            return
+        if isinstance(instruction, Gemm):
             self.cycles.products += 0 if instruction.reset else instruction.count
-            yield "sleep", instruction.count + LOOP_START
-        elif isinstance(instruction, Alu):
-            yield "sleep", instruction.count * (1 + (instruction.immediate is None)) + LOOP_START
-        else:
-            yield "sleep", SHORT
+        if isinstance(instruction, Store):
+            self.cycles.written += instruction.rows * instruction.columns * self._bytes(instruction)
+        yield "sleep", duration(instruction, self.config)
 
     def _load(self, load: Load) -> Process:
-        memory, size = Memory(load.memory), self.config.element_bytes(load.memory)
+        memory, size = Memory(load.memory), self._bytes(load)
         priority = {Memory.UOP: 0, Memory.INP: 1, Memory.WGT: 2}.get(memory, 3)
         yield "sleep", LOAD_START + padding(load)
         for beats in bursts(load, size, self.config):
             yield "read", (priority, beats)
         self._count_read(memory.name, load.rows * load.columns * size)
 
-    def _store(self, store: Store) -> Process:
-        size = self.config.element_bytes(Memory.OUT)
-        cost = sum(STORE_BURST + beats for beats in bursts(store, size, self.config))
-        yield "sleep", STORE_START + cost + store.rows * store.columns
-        self.cycles.written += store.rows * store.columns * size
+    def _bytes(self, transfer: Transfer) -> int:
+        return self.config.element_bytes(transfer.memory)

@@ -141,6 +141,10 @@ class Product:
         self._inputs: tuple[Matrix, slice, slice, int] | None = None
         self._weights: tuple[slice, slice, int] | None = None
         """What was loaded last, by rows and columns of blocks, and where it is."""
+        bus = self.config.board.bus_bits // 8
+        loaded = self.tile.columns * self.tile.depth * self.config.element_bytes(Memory.WGT) // bus
+        self._begin = max(assembler.written(matrix.buffer) for matrix in (*lefts, right)) + loaded
+        """When operands can be there, where this launch makes them."""
 
     def _sizes(self, constants: int) -> Size:
         sizes = (self.left.rows, self.right.rows, self.left.columns)
@@ -169,34 +173,56 @@ class Product:
         ends = np.cumsum([0, *(-(-buffer.size // PAGE) * PAGE for buffer in stream.buffers)])
         return count_cycles(stream.placed(ends.tolist(), self.config), self.config).total
 
+    @property
+    def tiles(self) -> int:
+        """How many there are."""
+        return len(list(self._order()))
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next tile would wait for operands or for its accumulators' stores."""
+        context = self._contexts.next(Memory.ACC, turn=False)
+        return max(self._begin, self.asm.stored(context)) > self.asm.now
+
     def emit(self) -> None:
         """The whole product."""
         for _ in self.steps():
             pass
 
     def steps(self) -> Iterator[None]:
-        """The product, tile by tile, in them parts of the sum; a pause behind each tile."""
+        """The product, tile by tile, in them parts of the sum; a pause behind the first loads, and behind each
+        tile and the first loads of the next one.
+        """
         for table, first, base in self._loaded:
             self.asm.settle(range(base, base + self._constants))
             self.asm.load(Memory.ACC, base, table, first, 1, self._constants, self._constants)
         if self._bias:
             self.asm.load(Memory.INP, self.config.depth(Memory.INP) - 1, self._bias[0], 0, 1, 1, 1)
-        for rows, columns in self._order():
+        tiles = list(self._order())
+        self._begin_loading(*tiles[0])
+        yield
+        for (rows, columns), following in itertools.zip_longest(tiles, tiles[1:]):
             tile = self._open(rows, columns)
             self.asm.loop(Gemm(reset=True, **tile.over(self.asm)))
-            if self._bias:
-                self._add_bias(tile, self._bias[1])
             for number, left in enumerate(self.lefts):
                 if number:
                     self.asm.loop(Alu(op=AluOp.SHR, immediate=-8, **tile.over(self.asm)))
                 for depth in _cut(left.columns, self.tile.depth):
+                    self.asm.advance()
                     self._multiply(tile, self._load_left(left, rows, depth), depth)
-            self.asm.advance()
             self._finish(tile)
             stores = self._store(tile)
             next(stores)
             self.asm.defer(tile.accumulators, stores)
+            if following:
+                self._begin_loading(*following)
             yield
+
+    def _begin_loading(self, rows: slice, columns: slice) -> None:
+        """The first part of a tile."""
+        depth = next(_cut(self.left.columns, self.tile.depth))
+        self._load_left(self.lefts[0], rows, depth)
+        self._load_right(columns, depth)
 
     def _order(self) -> Iterator[tuple[slice, slice]]:
         """Rows and columns of each tile."""
@@ -268,20 +294,16 @@ class Product:
             self._inputs = (left, rows, depth, base)
         return self._inputs[3]
 
-    def _add_bias(self, tile: _Open, weights: Buffer) -> None:
+    def _add_bias(self, tile: _Open, wgt: int) -> None:
         """The bias as one more product, of an input that is the same in all rows."""
-        held = self._weights  # with their bias, where one part of the sum is all
-        same = held is not None and held[:2] == (tile.columns, slice(0, self.left.columns))
-        base = held[2] if held and same else self._contexts.next(Memory.WGT, turn=False).start
-        wgt = base + self.tile.columns * self.tile.depth
-        if not same:
-            self.asm.load(Memory.WGT, wgt, weights, tile.columns.start, 1, tile.width, tile.width)
         last = self.config.depth(Memory.INP) - 1
         self.asm.loop(Gemm(wgt_outer=1, **tile.over(self.asm, src=last, wgt=wgt)))
 
     def _multiply(self, tile: _Open, inp: int, depth: slice) -> None:
         deep = depth.stop - depth.start
-        wgt = self._load_right(tile, depth)
+        wgt = self._load_right(tile.columns, depth)
+        if self._bias and not depth.start:
+            self._add_bias(tile, wgt + self.tile.columns * self.tile.depth)
         row = np.arange(max(tile.useful, FEWEST_ROWS))
         src = inp + row // self.size * deep * self.size + row % self.size
         begin, end = self.asm.uops(np.stack([tile.elements(row), src, np.full_like(src, wgt)], 1))
@@ -298,22 +320,29 @@ class Product:
             )
         )
 
-    def _load_right(self, tile: _Open, depth: slice) -> int:
-        """Where the weights of a tile are; those that the tile before has used are still there."""
-        if self._weights is None or self._weights[:2] != (tile.columns, depth):
+    def _load_right(self, columns: slice, depth: slice) -> int:
+        """Where the weights of a tile are, the bias behind the first; those that the tile before has used are
+        still there.
+        """
+        if self._weights is None or self._weights[:2] != (columns, depth):
             wgt = self._contexts.next(Memory.WGT).start
-            first = self.right.block(tile.columns.start, depth.start)
-            deep = depth.stop - depth.start
-            self.asm.load(Memory.WGT, wgt, self.right.buffer, first, tile.width, deep, self.right.stride)
-            self._weights = (tile.columns, depth, wgt)
+            first = self.right.block(columns.start, depth.start)
+            width, deep = columns.stop - columns.start, depth.stop - depth.start
+            self.asm.load(Memory.WGT, wgt, self.right.buffer, first, width, deep, self.right.stride)
+            if self._bias and not depth.start:
+                behind = wgt + self.tile.columns * self.tile.depth
+                self.asm.load(Memory.WGT, behind, self._bias[1], columns.start, 1, width, width)
+            self._weights = (columns, depth, wgt)
         return self._weights[2]
 
     def _finish(self, tile: _Open) -> None:
         """Bias, shift, limits. Without any, sums of products can be stored, but not rows that have none."""
+        self.asm.advance()
         operations = list(self._operations(tile))
         if not operations and tile.operated > tile.useful:
             self.asm.loop(Alu(op=AluOp.SHR, immediate=0, **tile.fill(self.asm)))
         for op, operand in operations:
+            self.asm.advance()
             if isinstance(operand, str):
                 self.asm.loop(Alu(op=op, **self._with_constants(tile, self._base[operand])))
             else:

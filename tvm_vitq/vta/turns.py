@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 
 from tvm_vitq.vta.matmul import Product
 
 
 def in_turns(*lists: Sequence[Product]) -> None:
-    """Emits the products of each list one after the other, tiles of the lists in turns, so that all lists end
-    together by the cycles that the multipliers and the ALU need. Lists have contexts of their own.
+    """Emits the products of each list one after the other. The next tile is one of the last list, unless it
+    would have to wait, for its operands or for stores; then one of the list before. Lists have
+    contexts of their own.
     """
-    work = [sum(map(_work, products)) for products in lists]
-    steps = [_weighted(products) for products in lists]
-    done = [0.0] * len(lists)
-    while any(share < 1 for share, total in zip(done, work, strict=True) if total):
-        at = min((n for n in range(len(lists)) if work[n]), key=lambda n: done[n])
-        done[at] += next(steps[at], work[at]) / work[at]
+    queues = [_Queue(products) for products in lists if products]
+    while queues:
+        chosen = min(reversed(queues), key=lambda queue: queue.product.waits)
+        if not chosen.step():
+            queues.remove(chosen)
 
 
-def _weighted(products: Sequence[Product]) -> Iterator[float]:
-    """The cycles of each tile, once it is emitted."""
-    for product in products:
-        tiles = -(-product.sizes.rows // product.tile.rows) * -(
-            -product.sizes.columns // product.tile.columns
-        )
-        for _ in product.steps():
-            yield _work(product) / tiles
+class _Queue:
+    """Products that are emitted one after the other; the first loads of one go before other queues' tiles."""
 
+    def __init__(self, products: Sequence[Product]) -> None:
+        self.left = deque(products)
+        self._begin()
 
-def _work(product: Product) -> float:
-    return float(product.sizes.rows * product.sizes.columns * product.sizes.each)
+    def _begin(self) -> None:
+        self.product = self.left.popleft()
+        self.tiles, self.steps = self.product.tiles, self.product.steps()
+        next(self.steps)
+
+    def step(self) -> bool:
+        """Emits a tile; whether there are more."""
+        next(self.steps)
+        self.tiles -= 1
+        if not self.tiles and self.left:
+            self._begin()
+        return self.tiles > 0
