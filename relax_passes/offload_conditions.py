@@ -18,9 +18,9 @@ from tvm_vitq.numerics_attention import Probabilities
 from tvm_vitq.ops import attrs, dtype_of, op_name, probabilities_of, shape_of
 from tvm_vitq.relax_passes.attention_expressions import BYTE_OFFSET, NEGATED_MAX
 from tvm_vitq.relax_passes.rewriter import constant
-from tvm_vitq.vta.attention import largest_code
 from tvm_vitq.vta.epilogue import Epilogue
 from tvm_vitq.vta.linear import LARGEST_SUM, Conversion, conversion
+from tvm_vitq.vta.scores import largest_code
 
 
 @dataclass(frozen=True)

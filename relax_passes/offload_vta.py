@@ -32,16 +32,18 @@ from tvm_vitq.relax_passes.offload_conditions import (
     why_not,
 )
 from tvm_vitq.relax_passes.rewriter import Rewriter, constant
-from tvm_vitq.vta.attention import Heads, largest_code, layer_launch, scores_launch, values_launch
+from tvm_vitq.vta.choice import Choose
 from tvm_vitq.vta.config import VtaConfig
+from tvm_vitq.vta.heads import Heads
 from tvm_vitq.vta.host import LAUNCH
 from tvm_vitq.vta.linear import Conversion, linear_launch
-from tvm_vitq.vta.matmul import Choose
 from tvm_vitq.vta.program import Launch, Program
+from tvm_vitq.vta.scores import Scores, largest_code
+from tvm_vitq.vta.values import layer_launch, values_launch
 
 
 class Offload:
-    """The pass, and what it made. Products get the tiles that `choose` gives, see `matmul.Product`.
+    """The pass, and what it made. Products and launches get the schedules that `choose` gives.
 
     program : the launches, numbered in this order.
     notes : layer -> why it stays on the host.
@@ -172,7 +174,8 @@ class _Offload(Rewriter):
         qkv, codes, made = attrs(layer)["site"], layer.args[0], layer_conversion(layer)
         digits = Digits.of(probs, tokens)
         weight = value_of(layer.args[1])
-        first, v = scores_launch(qkv, heads, weight, made.epilogue, digits.needs_v, self.config)
+        scores = Scores(qkv, heads, weight, made.epilogue, digits.needs_v, self.config, self.choose)
+        first, v = scores.launch()
         behind = self.layer_behind(node, heads, v, digits, value_of(zero_v))
         if behind is None:
             largest = digits.largest * largest_code(made.epilogue)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tvm_vitq.vta.attention import Heads, layer_launch, scores_launch, values_launch
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.device import SimulatedDevice
 from tvm_vitq.vta.epilogue import Epilogue
+from tvm_vitq.vta.heads import Heads
 from tvm_vitq.vta.linear import Conversion, whole_sums
 from tvm_vitq.vta.program import PlacedProgram, Program
+from tvm_vitq.vta.scores import Scores
+from tvm_vitq.vta.values import layer_launch, values_launch
 
 CONFIG = VtaConfig()
 
@@ -24,7 +26,7 @@ def test_attention_around_the_softmax_of_the_host(heads, passes, needs_v):
     weight = rng.integers(-127, 128, (3 * channels, depth)).astype(np.int8)
     bias = rng.integers(-(2**16), 2**16, 3 * channels)
     shift = rng.integers(9, 12, 3 * channels)
-    scores, v = scores_launch("qkv", heads, weight, Epilogue(bias, shift), needs_v, CONFIG)
+    scores, v = Scores("qkv", heads, weight, Epilogue(bias, shift), needs_v, CONFIG).launch()
     values = values_launch(
         "attention", heads, v, passes, 2 * 2 ** (14 + 8 * passes - 8) * heads.tokens, CONFIG
     )
@@ -63,7 +65,7 @@ def test_values_as_codes_of_the_layer_behind(heads):
     weight = rng.integers(-127, 128, (3 * channels, 32)).astype(np.int8)
     shift = rng.integers(9, 12, 3 * channels)
     x = rng.integers(-128, 128, (heads.batch, heads.tokens, 32)).astype(np.int8)
-    scores, v = scores_launch("qkv", heads, weight, Epilogue(None, shift), False, CONFIG)
+    scores, v = Scores("qkv", heads, weight, Epilogue(None, shift), False, CONFIG).launch()
     layer = rng.integers(-127, 128, (40, channels)).astype(np.int8)
     held = -(-heads.tokens // 16) * 16
     by_head = [Epilogue(None, np.full(held, 13 + n), -100, 90, by_rows=True) for n in range(heads.heads)]
@@ -92,7 +94,7 @@ def test_large_shifts_of_heads_that_are_filled_up():
     rng = np.random.default_rng(0)
     weight = rng.integers(-127, 128, (48, 32)).astype(np.int8)
     epilogue = Epilogue(2**22 * np.ones(48, np.int64), np.full(48, 18))
-    scores, _ = scores_launch("qkv", heads, weight, epilogue, False, CONFIG)
+    scores, _ = Scores("qkv", heads, weight, epilogue, False, CONFIG).launch()
     placed = PlacedProgram(Program(CONFIG, {"scores": scores}), SimulatedDevice(CONFIG, size=8 << 20))
     x = rng.integers(-128, 128, (1, 16, 32)).astype(np.int8)
     _, both = placed.run("scores", x)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,8 @@ from tvm_vitq.relax_passes.lower_kernels import Site
 from tvm_vitq.schedules.space import scheduled
 from tvm_vitq.targets import TargetProfile
 from tvm_vitq.tuning.records import Record, Run, best, read_run, target_name
+from tvm_vitq.vta.choice import Choice, Schedule
 from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.matmul import Product
-from tvm_vitq.vta.tiles import Tile, tiles
 
 FOLDER = "tuning_logs"
 """Where `tvm_vitq.tune` writes and `tvm_vitq.compile` looks, besides what the package brings along."""
@@ -78,12 +75,12 @@ def _find(name: str, folder: str, where: str | os.PathLike[str] | bool | None) -
 
 
 class TunedTiles:
-    """Chooses for VTA's products: the tile of the best record, or the one with the best estimate.
+    """Chooses for VTA: the schedule of the best record, or the one with the best estimate.
 
     Attributes
     ----------
-    tuned : names of the products that have a record.
-    notes : products whose record could not be used.
+    tuned : names of the products and launches that have a record.
+    notes : those whose record could not be used.
     """
 
     def __init__(self, runs: list[Run]) -> None:
@@ -91,22 +88,15 @@ class TunedTiles:
         self.tuned: set[str] = set()
         self.notes: dict[str, str] = {}
 
-    def __call__(self, product: Product) -> Tile | None:
-        record = self.records.get(product.signature)
+    def __call__(self, choice: Choice) -> Schedule | None:
+        record = self.records.get(choice.signature)
         if record is None:
             return None
-        tile = None if record.schedule is None else _tile(record.schedule, product)
-        if tile is None and record.schedule is not None:
-            self.notes[product.name] = f"default tile: that of its record does not fit ({record.schedule})"
-        else:
-            self.tuned.add(product.name)
-        return tile
-
-
-def _tile(schedule: Mapping[str, Any], product: Product) -> Tile | None:
-    """The tile of a record, None if there is no such tile of the product."""
-    found = [tile for tile in tiles(product.sizes, product.config) if asdict(tile) == dict(schedule)]
-    return found[0] if found else None
+        if record.schedule is not None and not choice.accepts(record.schedule):
+            self.notes[choice.name] = f"default tile: that of its record does not fit ({record.schedule})"
+            return None
+        self.tuned.add(choice.name)
+        return record.schedule
 
 
 class TunedSchedules:

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +25,30 @@ from tvm_vitq.relax_passes.offload_vta import Offload
 from tvm_vitq.targets import TargetProfile
 from tvm_vitq.tuning.apply import FOLDER, VTA_FOLDER, vta_name
 from tvm_vitq.tuning.records import Record, Writer, best, earlier_records, model_name
+from tvm_vitq.vta.choice import Choice, Schedule
 from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.matmul import Product
-from tvm_vitq.vta.tiles import Tile, estimate, tiles
 
 
 class _Task:
-    """A product, its tiles from the best estimate on, and how often the model has it."""
+    """A product or launch, how often the model has it, and what is known of its schedules."""
 
-    def __init__(self, product: Product) -> None:
-        self.product, self.calls, self.tried = product, 0, 0
-        sizes, config = product.sizes, product.config
-        ordered = sorted(tiles(sizes, config), key=lambda tile: estimate(sizes, tile, config))
-        self.left: Iterator[Tile] = iter([tile for tile in ordered if tile != product.tile])
-        self.default = product.cycles(product.tile)
+    def __init__(self, choice: Choice, calls: int) -> None:
+        self.choice, self.calls = choice, calls
+        self.best, self.fewest = choice.schedule, choice.cycles(choice.schedule)
+        self.default = self.fewest
+        self.tried = [dict(choice.schedule)]
+        self.options = choice.options(self.best)
+
+    def next(self) -> Schedule | None:
+        """One that has not been tried; None: there is no more."""
+        return next((option for option in self.options if option not in self.tried), None)
+
+    def found(self, schedule: Schedule, cycles: int) -> None:
+        """Takes a measurement into account."""
+        self.tried.append(dict(schedule))
+        if cycles < self.fewest:
+            self.best, self.fewest = schedule, cycles
+            self.options = self.choice.options(schedule)
 
 
 def tune_vta(
@@ -62,65 +71,64 @@ def tune_vta(
     writer = Writer(path, target, _about(quantized, profile.vta, trials))
     second = 1e-6 / profile.vta.board.megahertz
 
-    def found(name: str, tile: Tile | None, cycles: int) -> None:
-        records.append(Record(name, asdict(tile) if tile else None, [cycles * second]))
+    def found(name: str, schedule: Schedule | None, cycles: int) -> None:
+        records.append(Record(name, dict(schedule) if schedule else None, [cycles * second]))
         writer.add(records[-1])
 
+    done = 0
     for name, task in tasks.items():
-        if not any(record.kernel == name and record.schedule is None for record in records):
+        known = [record for record in records if record.kernel == name]
+        if not any(record.schedule is None for record in known):
             found(name, None, task.default)
-    known = {name: [r.schedule for r in records if r.kernel == name] for name in tasks}
-    done = sum(schedule is not None for schedules in known.values() for schedule in schedules)
+        for record in known:
+            if record.schedule is not None:
+                task.found(record.schedule, round(record.fastest / second))
+                done += 1
     end = time.monotonic() + seconds if seconds else float("inf")
     with tqdm(
         total=trials, initial=min(done, trials), desc="tune", unit="trial", disable=not progress
     ) as bar:
-        for name, tile in _candidates(tasks):
-            if asdict(tile) in known[name]:
-                continue
+        for name, schedule in _candidates(tasks):
             if done >= trials or time.monotonic() > end:
                 break
-            found(name, tile, tasks[name].product.cycles(tile))
+            cycles = tasks[name].choice.cycles(schedule)
+            found(name, schedule, cycles)
+            tasks[name].found(schedule, cycles)
             done += 1
             bar.update()
     return _report(tasks, records, path)
 
 
 def find_products(quantized: QuantizedModel, profile: TargetProfile) -> dict[str, _Task]:
-    """The products of a model whose tile is free, by signature."""
+    """What has a schedule in a model, by signature."""
     assert profile.vta is not None
-    found: dict[str, _Task] = {}
     calls: dict[str, int] = {}
-    products: dict[str, Product] = {}
+    choices: dict[str, Choice] = {}
 
-    def note(product: Product) -> None:
-        calls[product.signature] = calls.get(product.signature, 0) + 1
-        products.setdefault(product.signature, product)
+    def note(choice: Choice) -> None:
+        calls[choice.signature] = calls.get(choice.signature, 0) + 1
+        choices.setdefault(choice.signature, choice)
 
     offload = Offload(profile.vta, note)
     passes = lower_passes(profile, offload=offload)
     last = [name for name, _ in passes].index("offload")
     with profile.target:
         run_passes(quantized.mod, passes[: last + 1], first=1)
-    for signature, product in products.items():
-        found[signature] = _Task(product)
-        found[signature].calls = calls[signature]
-    if not found:
+    if not choices:
         raise VitqError("no product of the model runs on VTA", where=quantized.name, got=offload.notes)
-    return found
+    return {signature: _Task(choice, calls[signature]) for signature, choice in choices.items()}
 
 
-def _candidates(tasks: dict[str, _Task]) -> Iterator[tuple[str, Tile]]:
-    """Tiles of the product that has most cycles for each of its trials."""
+def _candidates(tasks: dict[str, _Task]) -> Iterator[tuple[str, Schedule]]:
+    """Schedules of what has most cycles for each of its trials."""
     left = dict(tasks)
     while left:
-        name = max(left, key=lambda name: left[name].calls * left[name].default / (1 + left[name].tried))
-        tile = next(left[name].left, None)
-        if tile is None:
+        name = max(left, key=lambda name: left[name].calls * left[name].default / len(left[name].tried))
+        schedule = left[name].next()
+        if schedule is None:
             del left[name]
             continue
-        left[name].tried += 1
-        yield name, tile
+        yield name, schedule
 
 
 def _about(quantized: QuantizedModel, config: VtaConfig, trials: int) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import numpy as np
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.config import PORTABLE_UOPS, UOP_BYTES, Memory, VtaConfig
-from tvm_vitq.vta.cycles import duration
+from tvm_vitq.vta.config import PAGE, PORTABLE_UOPS, UOP_BYTES, Memory, VtaConfig
+from tvm_vitq.vta.cycles import count_cycles, duration
 from tvm_vitq.vta.isa import (
     Alu,
     Finish,
@@ -73,6 +73,16 @@ class Stream:
                 instruction = replace(instruction, dram=instruction.dram + offset)
             placed.append(instruction)
         return placed
+
+    def cycles(self, config: VtaConfig) -> int:
+        """By the cycle model, buffers one behind the other.
+
+        Raises
+        ------
+        VitqError : it never ends.
+        """
+        ends = np.cumsum([0, *(-(-buffer.size // PAGE) * PAGE for buffer in self.buffers)])
+        return count_cycles(self.placed(ends.tolist(), config), config).total
 
 
 class _Elements:

@@ -9,9 +9,10 @@ import numpy as np
 from tvm_vitq.numerics import INDEX_BITS, Array, Output
 from tvm_vitq.vta.assembler import Assembler
 from tvm_vitq.vta.blocks import Matrix, constant_matrix
+from tvm_vitq.vta.choice import Choose
 from tvm_vitq.vta.config import VtaConfig
 from tvm_vitq.vta.epilogue import Epilogue
-from tvm_vitq.vta.matmul import Choose, Product
+from tvm_vitq.vta.matmul import Product
 from tvm_vitq.vta.operand import Operand
 from tvm_vitq.vta.program import Launch
 
@@ -112,7 +113,7 @@ def linear_launch(
     Parameters
     ----------
     weight : int8 [N, K].
-    choose : see `matmul.Product`.
+    choose : gives products their tiles.
 
     Raises
     ------

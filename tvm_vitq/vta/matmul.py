@@ -1,12 +1,10 @@
-"""A matrix product on VTA: tiles, two contexts, requantization on the ALU.
-
-A tile's rows are micro-ops, innermost: none is near another one of the same accumulator.
-"""
+"""A matrix product on VTA: tiles, two contexts, requantization on the ALU."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,82 +13,17 @@ from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
 from tvm_vitq.vta.assembler import Assembler, Buffer
 from tvm_vitq.vta.blocks import Matrix, bias_as_products, filled
-from tvm_vitq.vta.config import PAGE, Memory
+from tvm_vitq.vta.choice import Choose, Schedule
+from tvm_vitq.vta.config import Memory
 from tvm_vitq.vta.contexts import Contexts
-from tvm_vitq.vta.cycles import count_cycles
+from tvm_vitq.vta.cycles import LOOP_START
 from tvm_vitq.vta.epilogue import Epilogue, Rows
 from tvm_vitq.vta.isa import Alu, AluOp, Gemm
-from tvm_vitq.vta.tiles import Size, Tile, choose_tile, fits
-
-Choose = Callable[["Product"], Tile | None]
-"""Gives a product its tile, or leaves it to the estimate."""
+from tvm_vitq.vta.open_tile import FEWEST_ROWS, OpenTile, Part
+from tvm_vitq.vta.tiles import Size, Tile, choose_tile, estimate, fits, tiles
 
 LARGEST_SHIFT = 15
 """Of one instruction, to the right."""
-
-FEWEST_ROWS = 3
-"""Micro-ops of a tile, so that none meets its own accumulator again within the pipeline."""
-
-
-class _Open:
-    """A tile in its accumulators from `acc` on: ``[rows][columns][16]`` elements.
-
-    Rows that only fill up the last block may hold anything, but something that was operated on, or they could
-    not be stored: only the first tile in such accumulators includes them.
-    """
-
-    def __init__(self, asm: Assembler, acc: int, rows: slice, columns: slice, count: int) -> None:
-        self.acc, self.rows, self.columns = acc, rows, columns
-        self.width, self.size = columns.stop - columns.start, asm.config.block
-        held = (rows.stop - rows.start) * self.size
-        self.accumulators = range(acc, acc + held * self.width)
-        self.useful = min(held, max(count - rows.start * self.size, 0))
-        fill = self.elements(np.arange(self.useful, held))[:, None] + self.size * np.arange(self.width)
-        self.operated = self.useful if asm.settled(fill.ravel()) else held
-
-    def elements(self, row: Array) -> Array:
-        """Accumulators of rows, in the first block of columns."""
-        return self.acc + row // self.size * self.width * self.size + row % self.size
-
-    def over(
-        self,
-        asm: Assembler,
-        src: int | None = None,
-        src_column: int = 0,
-        src_row: int = 0,
-        wgt: int = 0,
-    ) -> dict[str, Any]:
-        """Loops over all accumulators, with themselves as source, or with element `src` and `src_column`
-        further for each block of columns, `src_row` for each row.
-        """
-        step = self.width * self.size
-        whole = self.operated % self.size == 0  # then rows of blocks are a loop, which saves micro-ops
-        row = np.arange(self.size if whole else max(self.operated, FEWEST_ROWS))
-        dst = self.elements(row)
-        source = dst if src is None else src + src_row * row
-        begin, end = asm.uops(np.stack([dst, source, np.full_like(dst, wgt)], 1))
-        return {
-            "uop_begin": begin,
-            "uop_end": end,
-            "outer": self.width,
-            "dst_outer": self.size,
-            "src_outer": self.size if src is None else src_column,
-            "inner": self.operated // self.size if whole else 1,
-            "dst_inner": step,
-            "src_inner": step if src is None else src_row * self.size,
-        }
-
-    def fill(self, asm: Assembler) -> dict[str, Any]:
-        """Loops over the rows that only fill up the last block."""
-        row = self.elements(np.arange(self.useful, self.operated))
-        begin, end = asm.uops(np.stack([row, row, np.zeros_like(row)], 1))
-        return {
-            "uop_begin": begin,
-            "uop_end": end,
-            "outer": self.width,
-            "dst_outer": self.size,
-            "src_outer": self.size,
-        }
 
 
 class Product:
@@ -133,7 +66,9 @@ class Product:
         self._prepare(name)
         used = len(self._loaded) * self._constants
         self.sizes = self._sizes(used)
-        tile = tile or (choose and choose(self)) or None
+        schedule = choose(self) if choose else None
+        if tile is None and schedule is not None:
+            tile = Tile(**schedule)
         self.tile = tile or choose_tile(self.sizes, self.config, name, contexts)
         self._contexts = contexts or Contexts(self.config, self.tile.contexts, used)
         if not fits(self.tile, self._contexts, self.config) or used > self._contexts.constants:
@@ -160,18 +95,25 @@ class Product:
             f"_passes{size.passes}_planes{size.planes}_constants{size.constants}"
         )
 
-    def cycles(self, tile: Tile) -> int:
-        """Of the product alone under another tile, by the cycle model.
+    @property
+    def schedule(self) -> Schedule:
+        """Its tile."""
+        return asdict(self.tile)
 
-        Raises
-        ------
-        VitqError : it does not fit.
-        """
-        asm = Assembler(self.config)
+    def cycles(self, schedule: Schedule) -> int:
+        """Of the product alone under another tile, by the cycle model."""
+        asm, tile = Assembler(self.config), Tile(**schedule)
         Product(asm, self.lefts, self.right, self.outs, self.epilogue, tile, self.rows, self.name).emit()
-        stream = asm.finish()
-        ends = np.cumsum([0, *(-(-buffer.size // PAGE) * PAGE for buffer in stream.buffers)])
-        return count_cycles(stream.placed(ends.tolist(), self.config), self.config).total
+        return asm.finish().cycles(self.config)
+
+    def accepts(self, schedule: Schedule) -> bool:
+        """Whether there is such a tile."""
+        return any(schedule == asdict(tile) for tile in tiles(self.sizes, self.config))
+
+    def options(self, best: Schedule) -> Iterator[Schedule]:
+        """All tiles."""
+        found = tiles(self.sizes, self.config)
+        return map(asdict, sorted(found, key=lambda tile: estimate(self.sizes, tile, self.config)))
 
     @property
     def tiles(self) -> int:
@@ -190,8 +132,8 @@ class Product:
             pass
 
     def steps(self) -> Iterator[None]:
-        """The product, tile by tile, in them parts of the sum; a pause behind the first loads, and behind each
-        tile and the first loads of the next one.
+        """The product, tile by tile, in them parts of the sum; a pause behind the first loads, and behind
+        each tile and the first loads of the next one.
         """
         for table, first, base in self._loaded:
             self.asm.settle(range(base, base + self._constants))
@@ -234,11 +176,11 @@ class Product:
             return ((row, column) for column in columns for row in rows)
         return itertools.product(rows, columns)
 
-    def _open(self, rows: slice, columns: slice) -> _Open:
+    def _open(self, rows: slice, columns: slice) -> OpenTile:
         """A tile in the context whose turn it is, once everything in it is stored."""
         context = self._contexts.next(Memory.ACC)
         self.asm.settle(context)
-        return _Open(self.asm, context.start, rows, columns, self.rows)
+        return OpenTile(self.asm, context.start, rows, columns, self.rows)
 
     def _prepare(self, name: str) -> None:
         """Constants: a bias that is no product, and shifts that differ, in accumulators of 16 channels or, of
@@ -294,12 +236,12 @@ class Product:
             self._inputs = (left, rows, depth, base)
         return self._inputs[3]
 
-    def _add_bias(self, tile: _Open, wgt: int) -> None:
+    def _add_bias(self, tile: OpenTile, wgt: int) -> None:
         """The bias as one more product, of an input that is the same in all rows."""
         last = self.config.depth(Memory.INP) - 1
         self.asm.loop(Gemm(wgt_outer=1, **tile.over(self.asm, src=last, wgt=wgt)))
 
-    def _multiply(self, tile: _Open, inp: int, depth: slice) -> None:
+    def _multiply(self, tile: OpenTile, inp: int, depth: slice) -> None:
         deep = depth.stop - depth.start
         wgt = self._load_right(tile.columns, depth)
         if self._bias and not depth.start:
@@ -335,25 +277,25 @@ class Product:
             self._weights = (columns, depth, wgt)
         return self._weights[2]
 
-    def _finish(self, tile: _Open) -> None:
+    def _finish(self, tile: OpenTile) -> None:
         """Bias, shift, limits. Without any, sums of products can be stored, but not rows that have none."""
         self.asm.advance()
         operations = list(self._operations(tile))
         if not operations and tile.operated > tile.useful:
             self.asm.loop(Alu(op=AluOp.SHR, immediate=0, **tile.fill(self.asm)))
-        for op, operand in operations:
+        for op, operand, part in operations:
             self.asm.advance()
             if isinstance(operand, str):
-                self.asm.loop(Alu(op=op, **self._with_constants(tile, self._base[operand])))
+                self.asm.loop(Alu(op=op, **self._with_constants(tile, self._base[operand], part)))
             else:
-                self.asm.loop(Alu(op=op, immediate=operand, **tile.over(self.asm)))
+                self.asm.loop(Alu(op=op, immediate=operand, **tile.over(self.asm, part=part)))
 
-    def _with_constants(self, tile: _Open, base: int) -> dict[str, Any]:
+    def _with_constants(self, tile: OpenTile, base: int, part: Part) -> dict[str, Any]:
         if self.epilogue.by_rows:
-            return tile.over(self.asm, src=base + tile.rows.start * self.size, src_row=1)
-        return tile.over(self.asm, src=base + tile.columns.start, src_column=1)
+            return tile.over(self.asm, src=base + tile.rows.start * self.size, src_row=1, part=part)
+        return tile.over(self.asm, src=base + tile.columns.start, src_column=1, part=part)
 
-    def _store(self, tile: _Open) -> Iterator[None]:
+    def _store(self, tile: OpenTile) -> Iterator[None]:
         """A store for each byte, with a pause behind it: the next byte overwrites what is being stored, so
         other tiles are to work in between.
         """
@@ -365,21 +307,46 @@ class Product:
             self.asm.store(tile.acc, out.buffer, first, height, width, out.stride * self.size)
             yield
 
-    def _operations(self, tile: _Open) -> Iterator[tuple[AluOp, int | str]]:
-        """ALU operations with an immediate or the constants of that name."""
+    def _operations(self, tile: OpenTile) -> Iterator[tuple[AluOp, int | str, Part]]:
+        """ALU operations with an immediate or the constants of that name, and where."""
+        whole = (slice(0, tile.height), slice(0, tile.width))
         if "bias" in self._base:
-            yield AluOp.ADD, "bias"
-        part = tile.rows if self.epilogue.by_rows else tile.columns
-        shifts = self._shifts(part.start, part.stop)
-        rest = self._common if len(shifts) > 1 else int(shifts[0])
-        while rest > 0:
-            yield AluOp.SHR, min(rest, LARGEST_SHIFT)
-            rest -= LARGEST_SHIFT
-        if len(shifts) > 1:
-            yield AluOp.SHR, "shift"
+            yield AluOp.ADD, "bias", whole
+        for part, shifts in self._shifted(tile):
+            rest = self._common if len(shifts) > 1 else int(shifts[0])
+            while rest > 0:
+                yield AluOp.SHR, min(rest, LARGEST_SHIFT), part
+                rest -= LARGEST_SHIFT
+            if len(shifts) > 1:
+                yield AluOp.SHR, "shift", part
         for op, limit in ((AluOp.MAX, self.epilogue.low), (AluOp.MIN, self.epilogue.high)):
             if limit is not None:
-                yield op, limit
+                yield op, limit, whole
+
+    def _shifted(self, tile: OpenTile) -> list[tuple[Part, Array]]:
+        """Parts of a tile with their shifts: blocks that have one and the same are shifted by an immediate,
+        where that is faster than to begin so many instructions.
+        """
+        by_rows = self.epilogue.by_rows
+        chosen, other = (tile.rows, tile.width) if by_rows else (tile.columns, tile.height)
+
+        def piece(start: int, stop: int) -> tuple[Part, Array]:
+            along, across = slice(start - chosen.start, stop - chosen.start), slice(0, other)
+            return (along, across) if by_rows else (across, along), self._shifts(start, stop)
+
+        cuts = [chosen.start, chosen.stop]
+        for block in range(chosen.start + 1, chosen.stop):
+            before, here = self._shifts(block - 1, block), self._shifts(block, block + 1)
+            if not np.array_equal(before, here) and min(len(before), len(here)) == 1:
+                cuts.append(block)
+        pieces = [piece(*ends) for ends in itertools.pairwise(sorted(cuts))]
+        whole = piece(chosen.start, chosen.stop)
+        saved = sum(
+            (part[not by_rows].stop - part[not by_rows].start) * other * self.size
+            for part, shifts in pieces
+            if len(shifts) == 1
+        )
+        return pieces if saved > LOOP_START * (len(pieces) - 1) else [whole]
 
     def _shifts(self, start: int, stop: int) -> Array:
         """The different shifts of some blocks of channels."""
