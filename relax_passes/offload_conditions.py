@@ -11,15 +11,16 @@ from tvm import relax
 from tvm.ir import Call, Expr, Var
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.graph import value_of
+from tvm_vitq.graph import data_operands, is_constant, is_movement, value_of
 from tvm_vitq.integerize.codebook import largest_total
 from tvm_vitq.numerics import Array, Output
 from tvm_vitq.numerics_attention import Probabilities
 from tvm_vitq.ops import attrs, dtype_of, op_name, probabilities_of, shape_of
 from tvm_vitq.relax_passes.attention_expressions import BYTE_OFFSET, NEGATED_MAX
-from tvm_vitq.relax_passes.rewriter import constant
+from tvm_vitq.relax_passes.rewriter import constant, variables
 from tvm_vitq.vta.epilogue import Epilogue
 from tvm_vitq.vta.linear import LARGEST_SUM, Conversion, conversion
+from tvm_vitq.vta.residual import Residual
 from tvm_vitq.vta.scores import largest_code
 
 
@@ -169,15 +170,53 @@ class Codes:
         return cls(epilogues, constant.astype(np.int32))
 
 
-def complemented(layer: Call) -> tuple[Array, Conversion, Array] | None:
-    """Weights, conversion and bias of a layer that is given ``~x`` instead of x: ``w x + b = -w ~x + b -
-    sum(w)``. None where these do not fit; VitqError if it can be no launch at all.
+def complemented(layer: Call) -> Call | None:
+    """The layer with weights and bias for ``~x`` instead of x: ``w x + b = -w ~x + b - sum(w)``. None where
+    these do not fit.
     """
     x, weight, bias, *rest = layer.args
     negated = -value_of(weight).astype(np.int32)
     changed = value_of(bias).astype(np.int64) + negated.sum(1)
     if negated.max() > 127 or np.abs(changed).max() > LARGEST_SUM:
         return None
-    weights, biases = negated.astype(np.int8), changed.astype(np.int32)
-    operands = [x, constant(weights), constant(biases), *rest]
-    return weights, layer_conversion(relax.Call(layer.op, operands, layer.attrs)), biases
+    operands = [x, constant(negated.astype(np.int8)), constant(changed.astype(np.int32)), *rest]
+    return relax.Call(layer.op, operands, layer.attrs)
+
+
+def residual_sums(function: relax.Function) -> dict[str, Call | str]:
+    """Layers whose results are but added to the residual stream, by site; or why that cannot be VTA's."""
+    defined: dict[Var, Expr] = {}
+    readers: dict[Var, int] = {}
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            defined[binding.var] = binding.value
+            for var in variables(binding.value):
+                readers[var] = readers.get(var, 0) + 1
+    found: dict[str, Call | str] = {}
+    for node in defined.values():
+        if op_name(node) != "vitq.int_add":
+            continue
+        for own, other in (node.args, reversed(node.args)):
+            path, layer = [], own
+            while readers.get(layer) == 1 and is_movement(defined.get(layer)):
+                path.append(op_name(defined[layer]))
+                (layer,) = data_operands(defined[layer])
+            layer = defined.get(layer) if readers.get(layer) == 1 else None
+            if is_constant(other):
+                continue
+            if op_name(layer) == "vitq.int_linear" and math.prod(shape_of(other)) == math.prod(shape_of(own)):
+                moved = any(name != "relax.reshape" for name in path)
+                found[attrs(layer)["site"]] = "rows move between the layer and the sum" if moved else layer
+                break
+    return found
+
+
+def residual_of(layer: Call, block: int) -> Residual:
+    """The sum behind a layer on VTA; VitqError with the reason why not."""
+    layer_conversion(layer)
+    info = attrs(layer)
+    weight, bias, multiplier, zero = (value_of(a) for a in layer.args[1:5])
+    if zero.any():
+        raise VitqError("the layer's result has a zero point")
+    out = Output(info["out_dtype"], **{key: info[key] for key in ("qmin", "qmax", "kind") if key in info})
+    return Residual.of(weight, bias, multiplier, out, block)

@@ -3,6 +3,7 @@
 ``int_linear(x)                      -->  launch(x), then what its ALU cannot do``
 ``int_linear(fused_attention(qkv))   -->  launch(x), softmax on the host, launch(p, terms of rows)``
 ``fused_attention(qkv)               -->  launch(x), softmax on the host, launch(p), its zero points, scales``
+``int_add(int_linear(x), stream)     -->  launch(x, stream), the limits on the host``
 
 where x are the codes in front of the qkv layer; the second form is that of attention whose result shifts
 make codes of. What does not become a launch stays an operator of the host, with the reason in `notes`.
@@ -29,6 +30,8 @@ from tvm_vitq.relax_passes.offload_conditions import (
     attentions,
     complemented,
     layer_conversion,
+    residual_of,
+    residual_sums,
     why_not,
 )
 from tvm_vitq.relax_passes.rewriter import Rewriter, constant
@@ -38,6 +41,7 @@ from tvm_vitq.vta.heads import Heads
 from tvm_vitq.vta.host import LAUNCH
 from tvm_vitq.vta.linear import Conversion, linear_launch
 from tvm_vitq.vta.program import Launch, Program
+from tvm_vitq.vta.residual import Residual
 from tvm_vitq.vta.scores import Scores, largest_code
 from tvm_vitq.vta.values import layer_launch, values_launch
 
@@ -66,16 +70,18 @@ class Offload:
 
 
 @dataclass(frozen=True)
-class _Behind:
-    """A layer that attention takes into its launch.
+class _Layer:
+    """The launch that has a layer.
 
     inputs : of the launch;  bias : of the layer, as it is in the launch.
+    residual : where it adds to the residual stream, whose scale and constant are still missing.
     """
 
     launch: Launch
     inputs: list[Expr]
     made: Conversion
     bias: Array
+    residual: Residual | None = None
 
 
 class _Offload(Rewriter):
@@ -90,8 +96,12 @@ class _Offload(Rewriter):
         """qkv layers that attention takes into its launch."""
         self.following: dict[str, Call] = {}
         """Attention -> the layer behind it."""
-        self.behind: dict[str, _Behind] = {}
+        self.behind: dict[str, _Layer] = {}
         """Layers that attention has taken."""
+        self.summed: set[str] = set()
+        """Layers whose launch adds to the residual stream."""
+        self.waiting: dict[str, _Layer] = {}
+        """Of them, those whose sum is still to come."""
 
     def transform(self, function: relax.Function) -> relax.Function:
         for found in attentions(function):
@@ -103,6 +113,11 @@ class _Offload(Rewriter):
             self.taken.add(attrs(found.before)["site"])
             if found.behind is not None:
                 self.following[site] = found.behind
+        for site, layer in residual_sums(function).items():
+            if isinstance(layer, str):
+                self.notes[f"{site}.residual"] = layer
+            else:
+                self.summed.add(site)
         return super().transform(function)
 
     def rewrite(self, node: Call, name: str) -> Expr | None:
@@ -112,6 +127,8 @@ class _Offload(Rewriter):
             if op_name(node) == "vitq.fused_attention":
                 taken = attrs(node)["site"] not in self.notes
                 return self.attention(node, attrs(node), name) if taken else None
+            if op_name(node) == "vitq.int_add":
+                return self.total(node)
         except VitqError as error:
             to = self.notes if op_name(node) == "vitq.int_linear" else self.refused
             to[attrs(node)["site"]] = error.what
@@ -140,25 +157,64 @@ class _Offload(Rewriter):
         site = info["site"]
         if site in self.taken:
             return None  # nothing will read it
-        behind = self.behind.get(site)
-        if behind is None:
-            x, weight, made = node.args[0], value_of(node.args[1]), layer_conversion(node)
-            rows = math.prod(shape_of(x)[:-1])
-            launch = linear_launch(site, rows, weight, made, self.config, self.choose)
-            given = self.shaped(x, (1, rows, weight.shape[1]), site)
-            behind = _Behind(launch, [given], made, value_of(node.args[2]))
-        (y,) = behind.launch.outputs
-        shape = (y.count, y.rows, y.columns)
-        (result,) = self.launch(site, behind.launch, behind.inputs, [(shape, y.dtype)])
-        result = self.shaped(result, shape_of(node), site)
-        if behind.made.finished:
+        layer = self.behind.get(site) or self.layer(node, site)
+        if layer.residual is not None:
+            self.waiting[site] = layer
+            return None  # the sum will read it
+        result = self.shaped(self.result(site, layer), shape_of(node), site)
+        if layer.made.finished:
             return result
         multiplier, zero = node.args[3], node.args[4]
-        bias = constant(-behind.bias)
+        bias = constant(-layer.bias)
         if info["out_dtype"] == "float32":
             return call("vitq.int_dequantize", [result, multiplier, bias], out_dtype="float32")
         limits = {key: info[key] for key in ("qmin", "qmax", "kind", "out_dtype", "site")}
         return call("vitq.int_requantize", [result, multiplier, zero, bias], **limits)
+
+    def layer(self, node: Call, site: str) -> _Layer:
+        """The launch of a layer by itself."""
+        x, weight, bias = node.args[0], value_of(node.args[1]), value_of(node.args[2])
+        rows = math.prod(shape_of(x)[:-1])
+        made, residual = self.conversion(node, site)
+        launch = linear_launch(site, rows, weight, made, self.config, self.choose)
+        return _Layer(launch, [self.shaped(x, (1, rows, weight.shape[1]), site)], made, bias, residual)
+
+    def conversion(self, layer: Call, site: str) -> tuple[Conversion, Residual | None]:
+        """What the sums of a layer become, the residual stream where that can be."""
+        if site in self.summed:
+            try:
+                residual = residual_of(layer, self.config.block)
+                return residual.conversion, residual
+            except VitqError as error:
+                self.notes[f"{site}.residual"] = error.what
+        return layer_conversion(layer), None
+
+    def result(self, site: str, layer: _Layer) -> Expr:
+        """What a layer's launch returns."""
+        (y,) = layer.launch.outputs
+        (result,) = self.launch(site, layer.launch, layer.inputs, [((y.count, y.rows, y.columns), y.dtype)])
+        return result
+
+    def total(self, node: Call) -> Expr | None:
+        """A residual sum."""
+        for own, stream in (node.args, reversed(node.args)):
+            source = self.definition(own)
+            while op_name(source) == "relax.reshape":
+                source = self.definition(source.args[0])
+            site = attrs(source)["site"] if op_name(source) == "vitq.int_linear" else None
+            if site not in self.waiting:
+                continue
+            layer = self.waiting.pop(site)
+            assert layer.residual is not None
+            (y,) = layer.launch.outputs
+            stream = self.shaped(stream, (y.count, y.rows, y.columns), site)
+            scaled = self.emit(relax.op.multiply(stream, constant(layer.residual.scale)), f"{site}:scaled")
+            layer.inputs.append(
+                self.emit(relax.op.add(scaled, constant(layer.residual.constant)), f"{site}:added")
+            )
+            result = self.shaped(self.result(site, layer), shape_of(node), site)
+            return call("vitq.int_add", [result, constant(np.zeros(1, np.int32))], out_dtype="int32")
+        return None
 
     def attention(self, node: Call, info: dict[str, Any], name: str) -> Expr | None:
         batch, count, tokens, width = info["shape"]
@@ -214,7 +270,7 @@ class _Offload(Rewriter):
         signs = {"offset": digits.offset, "negated": digits.negated, "by_row": probs.by_row}
         return call("vitq.int_values", operands, **shape, **signs, **limits, **quantizer)
 
-    def layer_behind(self, node: Call, heads: Heads, v: Any, digits: Digits, zero_v: Array) -> _Behind | None:
+    def layer_behind(self, node: Call, heads: Heads, v: Any, digits: Digits, zero_v: Array) -> _Layer | None:
         """The layer behind attention in a launch with it, still without inputs but the rows' constants; None
         if that cannot be.
         """
@@ -227,11 +283,12 @@ class _Offload(Rewriter):
             changed = complemented(layer)
             if changed is None:
                 return None
-            weight, made, bias = changed
+            made, residual = self.conversion(changed, site)
+            weight, bias = (value_of(a) for a in changed.args[1:3])
             launch = layer_launch(
                 site, heads, v, digits.passes, codes.epilogues, weight, made, self.config, self.choose
             )
         except VitqError:
             return None  # then each is a launch of its own, if it can be one
-        self.behind[site] = _Behind(launch, [constant(codes.constant)], made, bias)
+        self.behind[site] = _Layer(launch, [constant(codes.constant)], made, bias, residual)
         return self.behind[site]

@@ -18,6 +18,7 @@ class Contexts:
     ----------
     count : of them.
     constants : accumulators that are no part of any.
+    weights : of `digits`, at the end of the weights.
     share : (first, number, of): they fill `number` of `of` parts of the scratchpads, from `first` on.
     """
 
@@ -27,11 +28,12 @@ class Contexts:
         count: int,
         constants: int = 0,
         share: tuple[int, int, int] = (0, 1, 1),
+        weights: int = 0,
     ) -> None:
         first, number, of = share
         usable = {
             Memory.INP: config.depth(Memory.INP) - 1,
-            Memory.WGT: config.depth(Memory.WGT),
+            Memory.WGT: config.depth(Memory.WGT) - weights,
             Memory.ACC: max(config.depth(Memory.ACC) - constants, 0),
         }
         self.count, self.constants, self.shared = count, constants, number < of

@@ -24,6 +24,9 @@ class Rows:
 class Epilogue:
     """What happens to sums: ``clip((sum + bias) >> shift, low, high)``, as int8 or in several bytes.
 
+    left : int32 [N], the same in each block of channels, of products to which digits are added, see
+        `residual`: ``((sum << left) + v) >> shift``. Else None.
+
     bias : int32 [N], `Rows` (then `by_rows`) or None;  shift : int32 [N], 0 to 31.
     by_rows : whether these belong to rows of the result, [M], as where weights are the left operand.
     low, high : 16-bit limits, or None.
@@ -36,8 +39,10 @@ class Epilogue:
     high: int | None = 127
     planes: int = 1
     by_rows: bool = False
+    left: Array | None = None
 
     def of_channels(self, chosen: Array | slice) -> Epilogue:
         """That of some channels, in this order."""
         bias = self.bias[chosen] if isinstance(self.bias, np.ndarray) else self.bias
-        return replace(self, bias=bias, shift=self.shift[chosen])
+        left = None if self.left is None else self.left[chosen]
+        return replace(self, bias=bias, shift=self.shift[chosen], left=left)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,11 +27,13 @@ class Conversion:
     epilogue : on the ALU.
     dtype : of what the host gets;  finished : whether that is the layer's result, or its products' sums, to
         which the host adds the bias.
+    order : channels as VTA is to have them; (): those with equal shifts side by side.
     """
 
     epilogue: Epilogue
     dtype: str
     finished: bool
+    order: tuple[int, ...] = ()
 
 
 def conversion(weight: Array, bias: Array, multiplier: Array, zero_point: Array, out: Output) -> Conversion:
@@ -80,7 +83,7 @@ class Layer:
     @classmethod
     def of(cls, name: str, weight: Array, made: Conversion, block: int) -> Layer:
         """Of int8 weights [N, K]."""
-        order = np.argsort(made.epilogue.shift, kind="stable")
+        order = np.array(made.order or np.argsort(made.epilogue.shift, kind="stable"))
         right = constant_matrix(f"{name} weight", weight[order], block)
         return cls(name, right, made.epilogue.of_channels(order), made.dtype, tuple(order.tolist()), block)
 
@@ -91,12 +94,34 @@ class Layer:
         made = Operand.made(f"{self.name} result", shape, self.dtype, self.block, planes, written=False)
         return replace(made, order=self.order)
 
+    def stream(self, count: int, rows: int) -> list[Operand]:
+        """What is added to such results, in digits; nothing where nothing is."""
+        if self.epilogue.left is None:
+            return []
+        shape = (count, rows, len(self.order))
+        return [Operand.of_digits(f"{self.name} stream", shape, self.block, self.order)]
+
     def product(
-        self, assembler: Assembler, left: Matrix, outs: list[Matrix], rows: int, choose: Choose | None
+        self,
+        assembler: Assembler,
+        left: Matrix,
+        outs: list[Matrix],
+        rows: int,
+        choose: Choose | None,
+        added: Sequence[Matrix] = (),
     ) -> Product:
-        """The layer for inputs `left`."""
+        """The layer for inputs `left`, and for digits that are added."""
         return Product(
-            assembler, [left], self.right, outs, self.epilogue, None, rows, self.name, choose=choose
+            assembler,
+            [left],
+            self.right,
+            outs,
+            self.epilogue,
+            None,
+            rows,
+            self.name,
+            choose=choose,
+            added=added,
         )
 
 
@@ -108,7 +133,8 @@ def linear_launch(
     config: VtaConfig,
     choose: Choose | None = None,
 ) -> Launch:
-    """The launch of a layer: int8 [1, rows, K] to [1, rows, N] of the conversion's dtype.
+    """The launch of a layer: int8 [1, rows, K], and int32 [1, rows, N] of a residual sum (`residual`), to
+    [1, rows, N] of the conversion's dtype.
 
     Parameters
     ----------
@@ -125,5 +151,7 @@ def linear_launch(
     y = layer.result(1, rows)
     assembler = Assembler(config)
     (left,) = x.matrices(0, block)
-    layer.product(assembler, left, y.matrices(0, block), rows, choose).emit()
-    return Launch(assembler.finish(), [x], [y], rows * weight.size)
+    stream = layer.stream(1, rows)
+    added = [matrix for operand in stream for matrix in operand.matrices(0, block)]
+    layer.product(assembler, left, y.matrices(0, block), rows, choose, added).emit()
+    return Launch(assembler.finish(), [x, *stream], [y], rows * weight.size)

@@ -17,6 +17,7 @@ from tvm_vitq.vta.choice import Choose, Schedule
 from tvm_vitq.vta.config import Memory
 from tvm_vitq.vta.contexts import Contexts
 from tvm_vitq.vta.cycles import LOOP_START
+from tvm_vitq.vta.digits import LOW_BITS, digit_weights
 from tvm_vitq.vta.epilogue import Epilogue, Rows
 from tvm_vitq.vta.isa import Alu, AluOp, Gemm
 from tvm_vitq.vta.open_tile import FEWEST_ROWS, OpenTile, Part
@@ -39,6 +40,7 @@ class Product:
     rows : rows of `left` that mean something; those behind them in their block become what zeros would.
     name : for messages.
     contexts : where tiles may be; None: in all of the scratchpads.
+    added : with ``epilogue.left``, [rows, columns] blocks of each digit of what is added (`digits`).
 
     Raises
     ------
@@ -57,8 +59,10 @@ class Product:
         name: str,
         contexts: Contexts | None = None,
         choose: Choose | None = None,
+        added: Sequence[Matrix] = (),
     ) -> None:
         self.asm, self.config = assembler, assembler.config
+        self.added = added
         self.lefts, self.right, self.outs, self.epilogue = lefts, right, outs, epilogue
         self.left, self.rows = lefts[0], rows
         self.size = self.config.block
@@ -70,8 +74,10 @@ class Product:
         if tile is None and schedule is not None:
             tile = Tile(**schedule)
         self.tile = tile or choose_tile(self.sizes, self.config, name, contexts)
-        self._contexts = contexts or Contexts(self.config, self.tile.contexts, used)
-        if not fits(self.tile, self._contexts, self.config) or used > self._contexts.constants:
+        self._contexts = contexts or Contexts(
+            self.config, self.tile.contexts, used, weights=self.sizes.weights
+        )
+        if not fits(self.tile, self._contexts, self.config, len(added)) or used > self._contexts.constants:
             raise VitqError("VTA tile does not fit", where=name, got=self.tile, expected=self.config.text)
         self._inputs: tuple[Matrix, slice, slice, int] | None = None
         self._weights: tuple[slice, slice, int] | None = None
@@ -84,7 +90,7 @@ class Product:
     def _sizes(self, constants: int) -> Size:
         sizes = (self.left.rows, self.right.rows, self.left.columns)
         cycles = 1 + bool(self._bias) + self._cycles_of_operations()
-        return Size(*sizes, cycles, len(self.lefts), len(self.outs), constants)
+        return Size(*sizes, cycles, len(self.lefts), len(self.outs), constants, len(self.added))
 
     @property
     def signature(self) -> str:
@@ -93,6 +99,7 @@ class Product:
         return (
             f"{size.rows}x{size.columns}x{size.depth}_rows{self.rows}_alu{size.operations:.0f}"
             f"_passes{size.passes}_planes{size.planes}_constants{size.constants}"
+            f"{f'_digits{size.digits}' if size.digits else ''}"
         )
 
     @property
@@ -103,7 +110,8 @@ class Product:
     def cycles(self, schedule: Schedule) -> int:
         """Of the product alone under another tile, by the cycle model."""
         asm, tile = Assembler(self.config), Tile(**schedule)
-        Product(asm, self.lefts, self.right, self.outs, self.epilogue, tile, self.rows, self.name).emit()
+        operands = (self.lefts, self.right, self.outs, self.epilogue)
+        Product(asm, *operands, tile, self.rows, self.name, added=self.added).emit()
         return asm.finish().cycles(self.config)
 
     def accepts(self, schedule: Schedule) -> bool:
@@ -140,18 +148,24 @@ class Product:
             self.asm.load(Memory.ACC, base, table, first, 1, self._constants, self._constants)
         if self._bias:
             self.asm.load(Memory.INP, self.config.depth(Memory.INP) - 1, self._bias[0], 0, 1, 1, 1)
+        if self.added:
+            weights = digit_weights(self.size)
+            contents = Buffer(f"{self.name} digits", weights.size, weights.view(np.uint8).ravel())
+            self.asm.load(Memory.WGT, self._digits, contents, 0, 1, len(weights), len(weights))
         tiles = list(self._order())
         self._begin_loading(*tiles[0])
         yield
         for (rows, columns), following in itertools.zip_longest(tiles, tiles[1:]):
             tile = self._open(rows, columns)
             self.asm.loop(Gemm(reset=True, **tile.over(self.asm)))
+            self._add(tile, 3, 2)
             for number, left in enumerate(self.lefts):
                 if number:
                     self.asm.loop(Alu(op=AluOp.SHR, immediate=-8, **tile.over(self.asm)))
                 for depth in _cut(left.columns, self.tile.depth):
                     self.asm.advance()
                     self._multiply(tile, self._load_left(left, rows, depth), depth)
+            self._add(tile, 1, 0)
             self._finish(tile)
             stores = self._store(tile)
             next(stores)
@@ -161,10 +175,44 @@ class Product:
             yield
 
     def _begin_loading(self, rows: slice, columns: slice) -> None:
-        """The first part of a tile."""
+        """What a tile needs first."""
         depth = next(_cut(self.left.columns, self.tile.depth))
-        self._load_left(self.lefts[0], rows, depth)
+        first = (self.added[-1], rows, columns) if self.added else (self.lefts[0], rows, depth)
+        self._load_left(*first)
         self._load_right(columns, depth)
+
+    @property
+    def _digits(self) -> int:
+        """Where the weights of digits are."""
+        return self.config.depth(Memory.WGT) - self.sizes.weights
+
+    def _add(self, tile: OpenTile, *numbers: int) -> None:
+        """Two digits, the higher ones in front of all products, which are then shifted as those want it."""
+        if not self.added:
+            return
+        if numbers[0] < 2:
+            self._shift_left(tile, 0)
+        for number in numbers:
+            self.asm.advance()
+            inp = self._load_left(self.added[number], tile.rows, tile.columns)
+            loops = tile.over(self.asm, moved=inp - tile.acc, wgt=self._digits + number % 2)
+            self.asm.loop(Gemm(**loops))
+        if numbers[0] > 1:
+            self._shift_left(tile, LOW_BITS)
+
+    def _shift_left(self, tile: OpenTile, bits: int) -> None:
+        """By what `epilogue.left` says, or by the rest of `bits`."""
+        assert self.epilogue.left is not None
+        shifts = self.epilogue.left[
+            tile.columns.start * self.size : tile.columns.stop * self.size : self.size
+        ]
+        shifts = np.abs(bits - shifts)
+        ends = [0, *(np.flatnonzero(np.diff(shifts)) + 1), len(shifts)]
+        for start, stop in itertools.pairwise(map(int, ends)):
+            if shifts[start]:
+                part = (slice(0, tile.height), slice(start, stop))
+                shift = -int(shifts[start])
+                self.asm.loop(Alu(op=AluOp.SHR, immediate=shift, **tile.over(self.asm, part=part)))
 
     def _order(self) -> Iterator[tuple[slice, slice]]:
         """Rows and columns of each tile."""
@@ -359,7 +407,9 @@ class Product:
         common = -(-self._common // LARGEST_SHIFT)
         each = [common + 2 if len(s) > 1 else -(-int(s[0]) // LARGEST_SHIFT) for s in found if len(s)]
         limits = (self.epilogue.low is not None) + (self.epilogue.high is not None)
-        return 2 * ("bias" in self._base) + float(np.mean(each)) + limits
+        left = self.epilogue.left
+        shifted = 0.0 if left is None else 1 + float(np.mean(left > 0))
+        return 2 * ("bias" in self._base) + float(np.mean(each)) + limits + shifted
 
 
 def _cut(count: int, step: int) -> Iterator[slice]:

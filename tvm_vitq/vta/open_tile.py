@@ -47,11 +47,12 @@ class OpenTile:
         src_column: int = 0,
         src_row: int = 0,
         wgt: int = 0,
+        moved: int = 0,
         part: Part | None = None,
     ) -> dict[str, Any]:
-        """Loops over all accumulators, or those of a part, rows and columns of blocks, with themselves as
-        source, or with element `src` and `src_column` further for each block of columns, `src_row` for each
-        row.
+        """Loops over all accumulators, or those of a part, rows and columns of blocks. Their source is as far
+        from them as `moved` says, or it is element `src` and `src_column` further for each block of columns,
+        `src_row` for each row.
         """
         rows, columns = part or (slice(0, self.height), slice(0, self.width))
         step, first = self.width * self.size, rows.start * self.size
@@ -59,7 +60,7 @@ class OpenTile:
         whole = count % self.size == 0  # then rows of blocks are a loop, which saves micro-ops
         row = first + np.arange(self.size if whole else max(count, FEWEST_ROWS))
         dst = self.elements(row) + self.size * columns.start
-        source = dst if src is None else src + src_row * row + src_column * columns.start
+        source = dst + moved if src is None else src + src_row * row + src_column * columns.start
         begin, end = asm.uops(np.stack([dst, source, np.full_like(dst, wgt)], 1))
         return {
             "uop_begin": begin,

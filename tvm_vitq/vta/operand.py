@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tvm_vitq.numerics import Array
 from tvm_vitq.vta.assembler import Buffer
 from tvm_vitq.vta.blocks import Matrix, pack, unpack
+from tvm_vitq.vta.digits import DIGITS, digits
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Operand:
     one buffer for each byte of a value, the lowest first.
 
     dtype : of the host: int8, or what several bytes make: uint16 of two, int32 of up to four, the highest
-        with its sign. Of an input, int32 are values of rows, see `of_rows`.
-    order : of a result, the tensor's columns in the order in which memory has them; () is their own.
+        with its sign. Of an input, int32 are values of rows, see `of_rows`, or digits, see `of_digits`.
+    order : the tensor's columns in the order in which memory has them; () is their own.
     """
 
     planes: tuple[Buffer, ...]
@@ -53,18 +54,29 @@ class Operand:
         size = count * -(-rows // block) * block * 4 * block
         return cls((Buffer(name, size),), count, rows, 1, "int32")
 
+    @classmethod
+    def of_digits(cls, name: str, shape: tuple[int, int, int], block: int, order: tuple[int, ...]) -> Operand:
+        """int32 values that are added to results, as `residual.digits`."""
+        return replace(cls.made(name, shape, "int32", block, DIGITS), order=order)
+
     def matrices(self, number: int, block: int) -> list[Matrix]:
         """Matrix `number` of each plane."""
         rows, columns = -(-self.rows // block), -(-self.columns // block)
         return [Matrix(plane, rows, columns, first=number * rows * columns) for plane in self.planes]
 
-    def packed(self, tensor: Array, block: int) -> Array:
-        """A tensor as the bytes of its buffer."""
+    def packed(self, tensor: Array, block: int) -> list[Array]:
+        """A tensor as the bytes of its buffers."""
+        if len(self.planes) == DIGITS:
+            ordered = np.asarray(tensor).reshape(self.count, self.rows, self.columns)[..., list(self.order)]
+            return [self._blocked(digit, block) for digit in digits(ordered)]
         if self.dtype == "int32":
             values = np.asarray(tensor, np.int32).reshape(self.count, self.rows)
             full = np.pad(values, [(0, 0), (0, -self.rows % block)])
-            return np.repeat(full.ravel(), block)
-        matrices = np.asarray(tensor, np.int8).reshape(self.count, self.rows, self.columns)
+            return [np.repeat(full.ravel(), block)]
+        return [self._blocked(np.asarray(tensor, np.int8), block)]
+
+    def _blocked(self, codes: Array, block: int) -> Array:
+        matrices = codes.reshape(self.count, self.rows, self.columns)
         return np.stack([pack(matrix, block) for matrix in matrices])
 
     def unpacked(self, planes: list[Array], block: int) -> Array:

@@ -198,7 +198,8 @@ class PlacedProgram:
         """Runs a launch: tensors to device memory, the stream, and its results from there."""
         launch, block = self._program.launches[name], self._device.config.block
         for operand, tensor in zip(launch.inputs, inputs, strict=True):
-            self._allocated[operand.planes[0]].write(operand.packed(tensor, block))
+            for plane, content in zip(operand.planes, operand.packed(tensor, block), strict=True):
+                self._allocated[plane].write(content)
         self._device.run(self._streams[name], len(self._programs[name]))
         return [
             operand.unpacked([self._allocated[plane].read() for plane in operand.planes], block)

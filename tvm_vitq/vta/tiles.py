@@ -38,6 +38,7 @@ class Size:
     rows, columns : of the result;  depth : of the sum;  passes : left operands.
     operations : cycles of the ALU and of resets for each accumulator, stores' shifts left out.
     planes : bytes of the result;  constants : accumulators that hold some.
+    digits : of values that are added (`digits`).
     """
 
     rows: int
@@ -47,19 +48,28 @@ class Size:
     passes: int = 1
     planes: int = 1
     constants: int = 0
+    digits: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Those of digits."""
+        return 2 if self.digits else 0
 
     @property
     def each(self) -> float:
         """Cycles of the compute stage for each accumulator."""
-        return self.depth * self.passes + self.operations + self.planes - 1 + self.passes - 1
+        further = self.planes - 1 + self.passes - 1 + self.digits
+        return self.depth * self.passes + self.operations + further
 
 
-def fits(tile: Tile, contexts: Contexts, config: VtaConfig) -> bool:
-    """Whether a tile fits into each of these contexts, with its bias beside its weights."""
+def fits(tile: Tile, contexts: Contexts, config: VtaConfig, digits: int = 0) -> bool:
+    """Whether a tile fits into each of these contexts, with its bias beside its weights, and any of the
+    digits that are added.
+    """
     size, room = config.block, contexts.room
     return (
         tile.contexts == contexts.count
-        and tile.rows * tile.depth * size <= room[Memory.INP]
+        and tile.rows * max(tile.depth, tile.columns if digits else 0) * size <= room[Memory.INP]
         and tile.columns * (tile.depth + 1) <= room[Memory.WGT]
         and tile.rows * tile.columns * size <= room[Memory.ACC]
     )
@@ -69,14 +79,18 @@ def tiles(size: Size, config: VtaConfig, contexts: Contexts | None = None) -> It
     """Every tile that fits, with pieces as equal as can be: of two that cut a product into as many pieces the
     larger one is left out. Without `contexts` those that fit some in all of the scratchpads.
     """
-    given = [contexts] if contexts else [Contexts(config, count, size.constants) for count in CONTEXTS]
+    given = (
+        [contexts]
+        if contexts
+        else [Contexts(config, count, size.constants, weights=size.weights) for count in CONTEXTS]
+    )
     rows, columns, depths = (_pieces(count) for count in (size.rows, size.columns, size.depth))
     for row, column, depth, where, rows_last in itertools.product(
         rows, columns, depths, given, (False, True)
     ):
         tile = Tile(row, column, depth, where.count, rows_last)
         matters = row < size.rows and column < size.columns
-        if (matters or not rows_last) and fits(tile, where, config):
+        if (matters or not rows_last) and fits(tile, where, config, size.digits):
             yield tile
 
 
@@ -107,7 +121,8 @@ def estimate(size: Size, tile: Tile, config: VtaConfig, alone: bool = True) -> f
     each_left = size.rows / row_tiles * size.depth / deep * block * inp + start + tile.rows * NEXT_BURST
     each_right = size.columns / column_tiles * size.depth / deep * wgt + start + tile.columns * NEXT_BURST
     load = lefts * each_left + rights * each_right
-    loops = count * (parts + size.operations + size.planes - 1 + size.passes - 1)
+    load += size.digits * (entries * inp + count * (start + tile.rows * NEXT_BURST))
+    loops = count * (parts + size.operations + size.planes - 1 + size.passes - 1 + size.digits)
     compute = entries * size.each + loops * LOOP_START
     store = size.planes * (entries * (out + 1) + count * (STORE_START + tile.rows * STORE_BURST))
     if not alone:

@@ -74,8 +74,8 @@ def layer_launch(
     choose: Choose | None = None,
 ) -> Launch:
     """The sums of ``p v`` become codes, which are a layer's inputs and never leave the device: bytes of p as
-    of `values_launch`, and what is added to each row's sums, int32 [batch * heads, tokens], to the layer's
-    result [batch, tokens, N].
+    of `values_launch`, what is added to each row's sums, int32 [batch * heads, tokens], and int32
+    [batch, tokens, N] of a residual sum (`residual`), to the layer's result [batch, tokens, N].
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def layer_launch(
     whole = (heads.batch, heads.tokens, heads.channels)
     middle = Operand.made(f"{name} input", whole, "int8", block, written=False)
     layer = Layer.of(name, _filled_up_inputs(weight, heads)[:, v.order], made, block)
-    y = layer.result(heads.batch, heads.tokens)
+    y, stream = layer.result(heads.batch, heads.tokens), layer.stream(heads.batch, heads.tokens)
     assembler = Assembler(config)
     held = -(-heads.tokens // block) * block
     for image in range(heads.batch):
@@ -98,11 +98,12 @@ def layer_launch(
             lefts = [p.matrices(number, block)[0] for p in ps]
             right = v.head(image, head, heads)
             out = columns_of(inputs, head * heads.wide, heads.wide, block)
-            added = replace(codes[head], bias=Rows(terms.planes[0], number * held), by_rows=True)
-            Product(assembler, lefts, right, [out], added, None, heads.tokens, name, choose=choose).emit()
-        layer.product(assembler, inputs, y.matrices(image, block), heads.tokens, choose).emit()
+            to_codes = replace(codes[head], bias=Rows(terms.planes[0], number * held), by_rows=True)
+            Product(assembler, lefts, right, [out], to_codes, None, heads.tokens, name, choose=choose).emit()
+        added = [matrix for operand in stream for matrix in operand.matrices(image, block)]
+        layer.product(assembler, inputs, y.matrices(image, block), heads.tokens, choose, added).emit()
     macs = heads.batch * heads.tokens * (heads.tokens * heads.heads * heads.width + weight.size)
-    return Launch(assembler.finish(), [*ps, terms], [y], macs)
+    return Launch(assembler.finish(), [*ps, terms, *stream], [y], macs)
 
 
 def _filled_up_inputs(weight: Array, heads: Heads) -> Array:
