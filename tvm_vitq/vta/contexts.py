@@ -18,7 +18,7 @@ class Contexts:
     ----------
     count : of them.
     constants : accumulators that are no part of any.
-    weights : of `digits`, at the end of the weights.
+    weights : that stay, at the end of the weights.
     share : (first, number, of): they fill `number` of `of` parts of the scratchpads, from `first` on.
     """
 

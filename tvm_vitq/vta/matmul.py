@@ -10,21 +10,17 @@ from typing import Any
 import numpy as np
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.numerics import Array
 from tvm_vitq.vta.assembler import Assembler, Buffer
-from tvm_vitq.vta.blocks import Matrix, bias_as_products, filled
+from tvm_vitq.vta.blocks import Matrix
 from tvm_vitq.vta.choice import Choose, Schedule
 from tvm_vitq.vta.config import Memory
 from tvm_vitq.vta.contexts import Contexts
-from tvm_vitq.vta.cycles import LOOP_START
 from tvm_vitq.vta.digits import LOW_BITS, digit_weights
-from tvm_vitq.vta.epilogue import Epilogue, Rows
+from tvm_vitq.vta.epilogue import Epilogue
 from tvm_vitq.vta.isa import Alu, AluOp, Gemm
 from tvm_vitq.vta.open_tile import FEWEST_ROWS, OpenTile, Part
+from tvm_vitq.vta.requantization import Requantization
 from tvm_vitq.vta.tiles import Size, Tile, choose_tile, estimate, fits, tiles
-
-LARGEST_SHIFT = 15
-"""Of one instruction, to the right."""
 
 
 class Product:
@@ -67,8 +63,8 @@ class Product:
         self.left, self.rows = lefts[0], rows
         self.size = self.config.block
         self.name = name
-        self._prepare(name)
-        used = len(self._loaded) * self._constants
+        self._alu = Requantization(epilogue, self.left.rows, right.rows, len(lefts), self.config, name)
+        used = self._alu.accumulators
         self.sizes = self._sizes(used)
         schedule = choose(self) if choose else None
         if tile is None and schedule is not None:
@@ -77,7 +73,7 @@ class Product:
         self._contexts = contexts or Contexts(
             self.config, self.tile.contexts, used, weights=self.sizes.weights
         )
-        if not fits(self.tile, self._contexts, self.config, len(added)) or used > self._contexts.constants:
+        if not fits(self.tile, self._contexts, self.config, self.sizes) or used > self._contexts.constants:
             raise VitqError("VTA tile does not fit", where=name, got=self.tile, expected=self.config.text)
         self._inputs: tuple[Matrix, slice, slice, int] | None = None
         self._weights: tuple[slice, slice, int] | None = None
@@ -89,8 +85,9 @@ class Product:
 
     def _sizes(self, constants: int) -> Size:
         sizes = (self.left.rows, self.right.rows, self.left.columns)
-        cycles = 1 + bool(self._bias) + self._cycles_of_operations()
-        return Size(*sizes, cycles, len(self.lefts), len(self.outs), constants, len(self.added))
+        cycles = 1 + bool(self._alu.bias) + self._alu.cycles()
+        row_bias = self.epilogue.by_rows and bool(self._alu.bias)
+        return Size(*sizes, cycles, len(self.lefts), len(self.outs), constants, len(self.added), row_bias)
 
     @property
     def signature(self) -> str:
@@ -143,15 +140,17 @@ class Product:
         """The product, tile by tile, in them parts of the sum; a pause behind the first loads, and behind
         each tile and the first loads of the next one.
         """
-        for table, first, base in self._loaded:
-            self.asm.settle(range(base, base + self._constants))
-            self.asm.load(Memory.ACC, base, table, first, 1, self._constants, self._constants)
-        if self._bias:
-            self.asm.load(Memory.INP, self.config.depth(Memory.INP) - 1, self._bias[0], 0, 1, 1, 1)
+        for table in self._alu.tables:
+            self.asm.settle(range(table.base, table.base + table.count))
+            self.asm.load(Memory.ACC, table.base, table.buffer, table.first, 1, table.count, table.count)
+        if self._alu.bias and self.epilogue.by_rows:
+            self.asm.load(Memory.WGT, self._staying, self._alu.bias[1], 0, 1, 1, 1)
+        elif self._alu.bias:
+            self.asm.load(Memory.INP, self.config.depth(Memory.INP) - 1, self._alu.bias[0], 0, 1, 1, 1)
         if self.added:
             weights = digit_weights(self.size)
             contents = Buffer(f"{self.name} digits", weights.size, weights.view(np.uint8).ravel())
-            self.asm.load(Memory.WGT, self._digits, contents, 0, 1, len(weights), len(weights))
+            self.asm.load(Memory.WGT, self._staying, contents, 0, 1, len(weights), len(weights))
         tiles = list(self._order())
         self._begin_loading(*tiles[0])
         yield
@@ -182,8 +181,8 @@ class Product:
         self._load_right(columns, depth)
 
     @property
-    def _digits(self) -> int:
-        """Where the weights of digits are."""
+    def _staying(self) -> int:
+        """Where weights are that stay."""
         return self.config.depth(Memory.WGT) - self.sizes.weights
 
     def _add(self, tile: OpenTile, *numbers: int) -> None:
@@ -195,24 +194,14 @@ class Product:
         for number in numbers:
             self.asm.advance()
             inp = self._load_left(self.added[number], tile.rows, tile.columns)
-            loops = tile.over(self.asm, moved=inp - tile.acc, wgt=self._digits + number % 2)
+            loops = tile.over(self.asm, moved=inp - tile.acc, wgt=self._staying + number % 2)
             self.asm.loop(Gemm(**loops))
         if numbers[0] > 1:
             self._shift_left(tile, LOW_BITS)
 
     def _shift_left(self, tile: OpenTile, bits: int) -> None:
-        """By what `epilogue.left` says, or by the rest of `bits`."""
-        assert self.epilogue.left is not None
-        shifts = self.epilogue.left[
-            tile.columns.start * self.size : tile.columns.stop * self.size : self.size
-        ]
-        shifts = np.abs(bits - shifts)
-        ends = [0, *(np.flatnonzero(np.diff(shifts)) + 1), len(shifts)]
-        for start, stop in itertools.pairwise(map(int, ends)):
-            if shifts[start]:
-                part = (slice(0, tile.height), slice(start, stop))
-                shift = -int(shifts[start])
-                self.asm.loop(Alu(op=AluOp.SHR, immediate=shift, **tile.over(self.asm, part=part)))
+        for shift, part in self._alu.left(tile, bits):
+            self.asm.loop(Alu(op=AluOp.SHR, immediate=-shift, **tile.over(self.asm, part=part)))
 
     def _order(self) -> Iterator[tuple[slice, slice]]:
         """Rows and columns of each tile."""
@@ -230,50 +219,6 @@ class Product:
         self.asm.settle(context)
         return OpenTile(self.asm, context.start, rows, columns, self.rows)
 
-    def _prepare(self, name: str) -> None:
-        """Constants: a bias that is no product, and shifts that differ, in accumulators of 16 channels or, of
-        rows, of one value.
-        """
-        epilogue, by_rows = self.epilogue, self.epilogue.by_rows
-        self._constants = self.left.rows * self.size if by_rows else self.right.rows
-        tables = []
-        products = None
-        if isinstance(epilogue.bias, np.ndarray) and not by_rows and len(self.lefts) == 1:
-            products = bias_as_products(epilogue.bias, self.size)
-        self._bias = (
-            None
-            if products is None
-            else [
-                Buffer(f"{name} bias {which}", data.size, contents=data.view(np.uint8).ravel())
-                for which, data in zip(("input", "weights"), products, strict=True)
-            ]
-        )
-        if isinstance(epilogue.bias, np.ndarray) and self._bias is None:
-            tables.append(("bias", epilogue.bias))
-        least, most = int(epilogue.shift.min()), int(epilogue.shift.max())
-        # One register shift where it reaches; else a common part in front of it.
-        self._common = 0 if least < most <= LARGEST_SHIFT else least
-        if least < most:
-            if most - self._common > LARGEST_SHIFT:
-                raise VitqError(
-                    "VTA cannot shift by so different amounts", where=name, got=f"{least} to {most}"
-                )
-            tables.append(("shift", epilogue.shift - self._common))
-        top = self.config.depth(Memory.ACC)
-        self._loaded: list[tuple[Buffer, int, int]] = []
-        self._base: dict[str, int] = {}
-        if isinstance(epilogue.bias, Rows):
-            top -= self._constants
-            self._loaded.append((epilogue.bias.buffer, epilogue.bias.first, top))
-            self._base["bias"] = top
-        for which, values in tables:
-            top -= self._constants
-            each = 1 if by_rows else self.size
-            full = np.repeat(filled(values, self._constants * each), self.size // each)
-            data = full.astype("<i4").view(np.uint8)
-            self._loaded.append((Buffer(f"{name} {which}", len(data), contents=data), 0, top))
-            self._base[which] = top
-
     def _load_left(self, left: Matrix, rows: slice, depth: slice) -> int:
         """Where inputs are; those that the tile before has used are still there."""
         if self._inputs is None or self._inputs[:3] != (left, rows, depth):
@@ -281,19 +226,29 @@ class Product:
             first = left.block(rows.start, depth.start) * self.size
             height, stride = rows.stop - rows.start, left.stride * self.size
             self.asm.load(Memory.INP, base, left.buffer, first, height, width * self.size, stride)
+            if self._alu.bias and self.epilogue.by_rows and not depth.start:
+                count = height * self.size
+                behind = base + self.tile.rows * self.tile.depth * self.size
+                self.asm.load(Memory.INP, behind, self._alu.bias[0], rows.start * self.size, 1, count, count)
             self._inputs = (left, rows, depth, base)
         return self._inputs[3]
 
-    def _add_bias(self, tile: OpenTile, wgt: int) -> None:
-        """The bias as one more product, of an input that is the same in all rows."""
-        last = self.config.depth(Memory.INP) - 1
-        self.asm.loop(Gemm(wgt_outer=1, **tile.over(self.asm, src=last, wgt=wgt)))
+    def _add_bias(self, tile: OpenTile, inputs: int | None, wgt: int) -> None:
+        """The bias as one more product: of inputs of each row, or of one that is the same in all rows."""
+        if inputs is None:
+            last = self.config.depth(Memory.INP) - 1
+            self.asm.loop(Gemm(wgt_outer=1, **tile.over(self.asm, src=last, wgt=wgt)))
+        else:
+            self.asm.loop(Gemm(**tile.over(self.asm, src=inputs, src_row=1, wgt=wgt)))
 
     def _multiply(self, tile: OpenTile, inp: int, depth: slice) -> None:
         deep = depth.stop - depth.start
         wgt = self._load_right(tile.columns, depth)
-        if self._bias and not depth.start:
-            self._add_bias(tile, wgt + self.tile.columns * self.tile.depth)
+        if self._alu.bias and not depth.start:
+            if self.epilogue.by_rows:
+                self._add_bias(tile, inp + self.tile.rows * self.tile.depth * self.size, self._staying)
+            else:
+                self._add_bias(tile, None, wgt + self.tile.columns * self.tile.depth)
         row = np.arange(max(tile.useful, FEWEST_ROWS))
         src = inp + row // self.size * deep * self.size + row % self.size
         begin, end = self.asm.uops(np.stack([tile.elements(row), src, np.full_like(src, wgt)], 1))
@@ -319,22 +274,22 @@ class Product:
             first = self.right.block(columns.start, depth.start)
             width, deep = columns.stop - columns.start, depth.stop - depth.start
             self.asm.load(Memory.WGT, wgt, self.right.buffer, first, width, deep, self.right.stride)
-            if self._bias and not depth.start:
+            if self._alu.bias and not self.epilogue.by_rows and not depth.start:
                 behind = wgt + self.tile.columns * self.tile.depth
-                self.asm.load(Memory.WGT, behind, self._bias[1], columns.start, 1, width, width)
+                self.asm.load(Memory.WGT, behind, self._alu.bias[1], columns.start, 1, width, width)
             self._weights = (columns, depth, wgt)
         return self._weights[2]
 
     def _finish(self, tile: OpenTile) -> None:
         """Bias, shift, limits. Without any, sums of products can be stored, but not rows that have none."""
         self.asm.advance()
-        operations = list(self._operations(tile))
+        operations = list(self._alu.operations(tile))
         if not operations and tile.operated > tile.useful:
             self.asm.loop(Alu(op=AluOp.SHR, immediate=0, **tile.fill(self.asm)))
         for op, operand, part in operations:
             self.asm.advance()
             if isinstance(operand, str):
-                self.asm.loop(Alu(op=op, **self._with_constants(tile, self._base[operand], part)))
+                self.asm.loop(Alu(op=op, **self._with_constants(tile, self._alu.base[operand], part)))
             else:
                 self.asm.loop(Alu(op=op, immediate=operand, **tile.over(self.asm, part=part)))
 
@@ -354,62 +309,6 @@ class Product:
             first = out.block(tile.rows.start, tile.columns.start) * self.size
             self.asm.store(tile.acc, out.buffer, first, height, width, out.stride * self.size)
             yield
-
-    def _operations(self, tile: OpenTile) -> Iterator[tuple[AluOp, int | str, Part]]:
-        """ALU operations with an immediate or the constants of that name, and where."""
-        whole = (slice(0, tile.height), slice(0, tile.width))
-        if "bias" in self._base:
-            yield AluOp.ADD, "bias", whole
-        for part, shifts in self._shifted(tile):
-            rest = self._common if len(shifts) > 1 else int(shifts[0])
-            while rest > 0:
-                yield AluOp.SHR, min(rest, LARGEST_SHIFT), part
-                rest -= LARGEST_SHIFT
-            if len(shifts) > 1:
-                yield AluOp.SHR, "shift", part
-        for op, limit in ((AluOp.MAX, self.epilogue.low), (AluOp.MIN, self.epilogue.high)):
-            if limit is not None:
-                yield op, limit, whole
-
-    def _shifted(self, tile: OpenTile) -> list[tuple[Part, Array]]:
-        """Parts of a tile with their shifts: blocks that have one and the same are shifted by an immediate,
-        where that is faster than to begin so many instructions.
-        """
-        by_rows = self.epilogue.by_rows
-        chosen, other = (tile.rows, tile.width) if by_rows else (tile.columns, tile.height)
-
-        def piece(start: int, stop: int) -> tuple[Part, Array]:
-            along, across = slice(start - chosen.start, stop - chosen.start), slice(0, other)
-            return (along, across) if by_rows else (across, along), self._shifts(start, stop)
-
-        cuts = [chosen.start, chosen.stop]
-        for block in range(chosen.start + 1, chosen.stop):
-            before, here = self._shifts(block - 1, block), self._shifts(block, block + 1)
-            if not np.array_equal(before, here) and min(len(before), len(here)) == 1:
-                cuts.append(block)
-        pieces = [piece(*ends) for ends in itertools.pairwise(sorted(cuts))]
-        whole = piece(chosen.start, chosen.stop)
-        saved = sum(
-            (part[not by_rows].stop - part[not by_rows].start) * other * self.size
-            for part, shifts in pieces
-            if len(shifts) == 1
-        )
-        return pieces if saved > LOOP_START * (len(pieces) - 1) else [whole]
-
-    def _shifts(self, start: int, stop: int) -> Array:
-        """The different shifts of some blocks of channels."""
-        return np.unique(self.epilogue.shift[start * self.size : stop * self.size])
-
-    def _cycles_of_operations(self) -> float:
-        """Of the ALU, for each accumulator; for shifts as if each block of channels were a tile."""
-        blocks = range(self.left.rows if self.epilogue.by_rows else self.right.rows)
-        found = [self._shifts(block, block + 1) for block in blocks]
-        common = -(-self._common // LARGEST_SHIFT)
-        each = [common + 2 if len(s) > 1 else -(-int(s[0]) // LARGEST_SHIFT) for s in found if len(s)]
-        limits = (self.epilogue.low is not None) + (self.epilogue.high is not None)
-        left = self.epilogue.left
-        shifted = 0.0 if left is None else 1 + float(np.mean(left > 0))
-        return 2 * ("bias" in self._base) + float(np.mean(each)) + limits + shifted
 
 
 def _cut(count: int, step: int) -> Iterator[slice]:

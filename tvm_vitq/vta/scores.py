@@ -32,6 +32,9 @@ from tvm_vitq.vta.turns import in_turns
 SHARES = 8
 """Parts into which scratchpads are divided, some for scores, the others for the layer."""
 
+ROW_BIAS = 1
+"""Weight that stays: that of v's bias."""
+
 PRODUCTS = ("layer", "values", "scores")
 """q and k of a head; v of a head; their scores."""
 
@@ -51,8 +54,10 @@ class _Parts:
 
     def __post_init__(self) -> None:
         rest = SHARES - self.share
-        layer = Contexts(self.config, self.layer_contexts, self.constants, (0, rest, SHARES))
-        scores = Contexts(self.config, self.scores_contexts, self.constants, (rest, self.share, SHARES))
+        layer = Contexts(self.config, self.layer_contexts, self.constants, (0, rest, SHARES), ROW_BIAS)
+        scores = Contexts(
+            self.config, self.scores_contexts, self.constants, (rest, self.share, SHARES), ROW_BIAS
+        )
         self.contexts = {"layer": layer, "values": layer, "scores": scores}
 
 

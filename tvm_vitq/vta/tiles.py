@@ -38,7 +38,7 @@ class Size:
     rows, columns : of the result;  depth : of the sum;  passes : left operands.
     operations : cycles of the ALU and of resets for each accumulator, stores' shifts left out.
     planes : bytes of the result;  constants : accumulators that hold some.
-    digits : of values that are added (`digits`).
+    digits : of values that are added (`digits`);  row_bias : whether a bias of rows is a product.
     """
 
     rows: int
@@ -49,11 +49,12 @@ class Size:
     planes: int = 1
     constants: int = 0
     digits: int = 0
+    row_bias: bool = False
 
     @property
     def weights(self) -> int:
-        """Those of digits."""
-        return 2 if self.digits else 0
+        """Those of digits or of a bias of rows, which stay."""
+        return 2 if self.digits else int(self.row_bias)
 
     @property
     def each(self) -> float:
@@ -62,14 +63,15 @@ class Size:
         return self.depth * self.passes + self.operations + further
 
 
-def fits(tile: Tile, contexts: Contexts, config: VtaConfig, digits: int = 0) -> bool:
-    """Whether a tile fits into each of these contexts, with its bias beside its weights, and any of the
-    digits that are added.
+def fits(tile: Tile, contexts: Contexts, config: VtaConfig, product: Size) -> bool:
+    """Whether a tile fits into each of these contexts, with its bias beside its weights or inputs, and any of
+    the digits that are added.
     """
     size, room = config.block, contexts.room
+    deep = max(tile.depth + product.row_bias, tile.columns if product.digits else 0)
     return (
         tile.contexts == contexts.count
-        and tile.rows * max(tile.depth, tile.columns if digits else 0) * size <= room[Memory.INP]
+        and tile.rows * deep * size <= room[Memory.INP]
         and tile.columns * (tile.depth + 1) <= room[Memory.WGT]
         and tile.rows * tile.columns * size <= room[Memory.ACC]
     )
@@ -90,7 +92,7 @@ def tiles(size: Size, config: VtaConfig, contexts: Contexts | None = None) -> It
     ):
         tile = Tile(row, column, depth, where.count, rows_last)
         matters = row < size.rows and column < size.columns
-        if (matters or not rows_last) and fits(tile, where, config, size.digits):
+        if (matters or not rows_last) and fits(tile, where, config, size):
             yield tile
 
 
