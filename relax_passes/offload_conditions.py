@@ -50,15 +50,25 @@ class Digits:
         return cls(probs.planes, False, offset, tokens * offset, True)
 
 
-def layer_conversion(node: Call) -> Conversion:
-    """What a layer's sums become; VitqError with the reason why it cannot be a launch."""
+def largest_of(codes: Expr) -> int:
+    """Largest magnitude of the int8 codes that an operator returns."""
+    if op_name(codes) == "vitq.int_lookup":
+        return int(np.abs(value_of(codes.args[1]).astype(np.int32)).max())
+    info = attrs(codes) if op_name(codes).startswith("vitq.") else {}
+    return max(abs(info["qmin"]), abs(info["qmax"])) if info.get("out_dtype") == "int8" else 128
+
+
+def layer_conversion(node: Call, largest: int = 128) -> Conversion:
+    """What a layer's sums become, of codes of at most `largest` in magnitude; VitqError with the reason why
+    it cannot be a launch.
+    """
     info = attrs(node)
     x, weight, bias, multiplier, zero, *rest = node.args
     if rest or "tokens" in info or dtype_of(x) != "int8":
         raise VitqError("scales inside the sum")
     limits = {key: info[key] for key in ("qmin", "qmax", "kind") if key in info}
     operands: list[Array] = [value_of(a) for a in (weight, bias, multiplier, zero)]
-    return conversion(*operands, Output(info["out_dtype"], **limits))
+    return conversion(*operands, Output(info["out_dtype"], **limits), largest)
 
 
 @dataclass(frozen=True)
@@ -211,12 +221,12 @@ def residual_sums(function: relax.Function) -> dict[str, Call | str]:
     return found
 
 
-def residual_of(layer: Call, block: int) -> Residual:
-    """The sum behind a layer on VTA; VitqError with the reason why not."""
+def residual_of(layer: Call, block: int, largest: int) -> Residual:
+    """The sum behind a layer on VTA, of codes of at most `largest`; VitqError with the reason why not."""
     layer_conversion(layer)
     info = attrs(layer)
     weight, bias, multiplier, zero = (value_of(a) for a in layer.args[1:5])
     if zero.any():
         raise VitqError("the layer's result has a zero point")
     out = Output(info["out_dtype"], **{key: info[key] for key in ("qmin", "qmax", "kind") if key in info})
-    return Residual.of(weight, bias, multiplier, out, block)
+    return Residual.of(weight, bias, multiplier, out, block, largest)

@@ -21,7 +21,7 @@ from tvm import relax
 from tvm.ir import Call, Expr
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.graph import value_of
+from tvm_vitq.graph import data_operands, is_movement, value_of
 from tvm_vitq.numerics import Array
 from tvm_vitq.ops import attrs, call, op_name, probabilities_of, shape_of
 from tvm_vitq.relax_passes.offload_conditions import (
@@ -29,6 +29,7 @@ from tvm_vitq.relax_passes.offload_conditions import (
     Digits,
     attentions,
     complemented,
+    largest_of,
     layer_conversion,
     residual_of,
     residual_sums,
@@ -175,19 +176,22 @@ class _Offload(Rewriter):
         """The launch of a layer by itself."""
         x, weight, bias = node.args[0], value_of(node.args[1]), value_of(node.args[2])
         rows = math.prod(shape_of(x)[:-1])
-        made, residual = self.conversion(node, site)
+        source = self.definition(x)
+        while is_movement(source) and len(data_operands(source)) == 1:
+            source = self.definition(data_operands(source)[0])
+        made, residual = self.conversion(node, site, largest_of(source))
         launch = linear_launch(site, rows, weight, made, self.config, self.choose)
         return _Layer(launch, [self.shaped(x, (1, rows, weight.shape[1]), site)], made, bias, residual)
 
-    def conversion(self, layer: Call, site: str) -> tuple[Conversion, Residual | None]:
+    def conversion(self, layer: Call, site: str, largest: int) -> tuple[Conversion, Residual | None]:
         """What the sums of a layer become, the residual stream where that can be."""
         if site in self.summed:
             try:
-                residual = residual_of(layer, self.config.block)
+                residual = residual_of(layer, self.config.block, largest)
                 return residual.conversion, residual
             except VitqError as error:
                 self.notes[f"{site}.residual"] = error.what
-        return layer_conversion(layer), None
+        return layer_conversion(layer, largest), None
 
     def result(self, site: str, layer: _Layer) -> Expr:
         """What a layer's launch returns."""
@@ -283,7 +287,8 @@ class _Offload(Rewriter):
             changed = complemented(layer)
             if changed is None:
                 return None
-            made, residual = self.conversion(changed, site)
+            largest = max(map(abs, (-1 - attrs(node)["qmin"], -1 - attrs(node)["qmax"])))
+            made, residual = self.conversion(changed, site, largest)
             weight, bias = (value_of(a) for a in changed.args[1:3])
             launch = layer_launch(
                 site, heads, v, digits.passes, codes.epilogues, weight, made, self.config, self.choose

@@ -40,7 +40,7 @@ def test_tuned_tiles_are_no_slower_and_change_nothing(quantized, tuned):
     )
     assert better["cycles"] < default["cycles"]
     assert {row["schedule"] for row in default["launches"]} == {"default"}
-    assert {row["schedule"] for row in better["launches"] if not row["name"].endswith("qkv")} == {"tuned"}
+    assert {row["schedule"] for row in better["launches"]} == {"tuned"}
     images = refmodels.calibration_images(1)
     logits = tvm_vitq.compile(quantized, "vta", tuning_logs=tuned["path"])(images)
     assert np.array_equal(logits, quantized.reference(images))
@@ -75,7 +75,7 @@ def test_records_that_do_not_fit_are_told(quantized, tuned, tmp_path):
     (tmp_path / "run.jsonl").write_text("\n".join([*changed, ""]))
     report = tvm_vitq.compile(quantized, "vta", tuning_logs=tmp_path).report
     assert any("default tile" in warning for warning in report["warnings"])
-    assert not report["vta"]["on_host"]
+    assert all(name.endswith(".residual") for name in report["vta"]["on_host"]), "all layers are launches"
 
 
 def test_only_the_cycle_model_tunes(quantized, tmp_path):

@@ -51,6 +51,39 @@ def test_attention_around_the_softmax_of_the_host(heads, passes, needs_v):
     assert np.array_equal(found, expected)
 
 
+def test_every_schedule_of_scores_gives_the_same():
+    heads = Heads(1, 2, 70, 32, 16)
+    rng = np.random.default_rng(5)
+    weight = rng.integers(-127, 128, (192, 48)).astype(np.int8)
+    x = rng.integers(-128, 128, (1, 70, 48)).astype(np.int8)
+    epilogue = Epilogue(rng.integers(-(2**16), 2**16, 192), rng.integers(9, 12, 192))
+    default = Scores("qkv", heads, weight, epilogue, False, CONFIG)
+    codes = np.clip((x[0].astype(int) @ weight.T.astype(int) + epilogue.bias) >> epilogue.shift, -128, 127)
+    q, k, _ = codes.reshape(70, 3, 2, 32).transpose(1, 2, 0, 3)
+    options = list(default.options(default.schedule))
+    assert len({str(option) for option in options}) > 50
+    for option in [default.schedule, *options[:: len(options) // 8]]:
+        assert default.accepts(option)
+        made = Scores("qkv", heads, weight, epilogue, False, CONFIG, lambda choice, option=option: option)
+        assert made.schedule == option and made.signature == default.signature
+        launch, _ = made.launch()
+        assert launch.stream.cycles(CONFIG) == default.cycles(option)
+        placed = PlacedProgram(Program(CONFIG, {"scores": launch}), SimulatedDevice(CONFIG, size=8 << 20))
+        assert np.array_equal(placed.run("scores", x)[0], q @ k.swapaxes(-1, -2)), option
+
+
+def test_schedules_that_scores_cannot_have():
+    heads = Heads(1, 2, 70, 32, 16)
+    weight = np.ones((192, 48), np.int8)
+    scores = Scores("qkv", heads, weight, Epilogue(None, np.full(192, 9)), False, CONFIG)
+    good = dict(scores.schedule)
+    assert scores.accepts(good)
+    tile = {"rows": 1, "columns": 1, "depth": 1, "contexts": 4, "rows_last": False}
+    without = {key: value for key, value in good.items() if key != "share"}
+    for wrong in ({**good, "share": 8}, {**good, "layer": tile}, {**good, "scores": {"rows": 99}}, without):
+        assert not scores.accepts(wrong)
+
+
 def test_sums_take_as_few_bytes_as_hold_them():
     assert [whole_sums(16, largest).planes for largest in (127, 128, 32767, 32768, 2**23, 2**31 - 1)] == [
         *(1, 2, 2, 3, 4, 4)

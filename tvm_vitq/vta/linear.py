@@ -36,14 +36,16 @@ class Conversion:
     order: tuple[int, ...] = ()
 
 
-def conversion(weight: Array, bias: Array, multiplier: Array, zero_point: Array, out: Output) -> Conversion:
+def conversion(
+    weight: Array, bias: Array, multiplier: Array, zero_point: Array, out: Output, largest: int = 128
+) -> Conversion:
     """The layer's requantization by shifts, where it is one (`numerics.round_shift`) and its result has one
-    or two bytes; else all of the sums.
+    or two bytes; else all of the sums. Its inputs are codes of at most `largest` in magnitude.
 
     ``clip(((sum + bias + half) >> s) + z) = clip((sum + bias + half + (z << s)) >> s)``: half, zero point and
     bias are one constant. It is proved that no sum overflows with it.
     """
-    products = 128 * np.abs(weight.astype(np.int64)).sum(1)
+    products = largest * np.abs(weight.astype(np.int64)).sum(1)
     sums = Conversion(whole_sums(len(bias), int(products.max())), "int32", False)
     if out.kind != "shift" or out.dtype not in ("int8", "uint16") or out.qmax >= 1 << INDEX_BITS:
         return sums

@@ -38,8 +38,10 @@ class Residual:
     constant: Array
 
     @classmethod
-    def of(cls, weight: Array, bias: Array, multiplier: Array, out: Output, block: int) -> Residual:
-        """Of int8 weights [N, K].
+    def of(
+        cls, weight: Array, bias: Array, multiplier: Array, out: Output, block: int, largest: int = 128
+    ) -> Residual:
+        """Of int8 weights [N, K] and codes of at most `largest` in magnitude.
 
         Raises
         ------
@@ -48,9 +50,11 @@ class Residual:
         count = len(bias)
         exponent = np.log2(np.broadcast_to(np.asarray(multiplier, np.float64), count))
         k = np.round(exponent).astype(np.int64)
-        if out.dtype != "int32" or (out.qmin, out.qmax) != (-WIDE_MAX, WIDE_MAX) or (k != exponent).any():
+        if out.dtype != "int32" or (out.qmin, out.qmax) != (-WIDE_MAX, WIDE_MAX):
+            raise VitqError("the layer's result is no residual stream", got=out)
+        if (k != exponent).any():
             raise VitqError("the residual sum has real multipliers")
-        sums = 128 * np.abs(weight.astype(np.int64)).sum(1) + np.abs(bias.astype(np.int64))
+        sums = largest * np.abs(weight.astype(np.int64)).sum(1) + np.abs(bias.astype(np.int64))
         if out.kind == "multiply" and ((k < 0).any() or sums.max() >= EXACT_FLOATS):
             raise VitqError("sums of the layer are rounded to even")
         added = sums * 2.0**k

@@ -130,10 +130,10 @@ class Scores:
         """Whether a launch can have it."""
         if set(schedule) != {"share", *PRODUCTS} or schedule["share"] not in range(1, SHARES):
             return False
-        contexts = [schedule[which].get("contexts") for which in PRODUCTS]
-        return contexts[0] == contexts[1] and all(
-            schedule[which] in map(asdict, self._tiles(which, schedule)) for which in PRODUCTS
-        )
+        counts = [schedule[which].get("contexts") for which in PRODUCTS]
+        if counts[0] != counts[1] or not set(counts) <= set(CONTEXTS):
+            return False
+        return all(schedule[which] in map(asdict, self._tiles(which, schedule)) for which in PRODUCTS)
 
     def options(self, best: Schedule) -> Iterator[Schedule]:
         """Other shares and contexts, with tiles by estimate; then the best schedule with one other tile."""
