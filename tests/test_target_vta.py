@@ -150,13 +150,25 @@ def test_heads_that_are_no_whole_blocks(quantized, sizes):
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
-def test_reference_model_with_windows(bits):
-    """Windows, shifted ones too, and heads of 24 channels."""
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_reference_models(kind, bits, tmp_path):
+    """Windows, shifted ones too, and heads of 24 channels; on the simulator and behind the C interface. All
+    layers are launches, and all residual sums but those that could saturate.
+    """
     images = refmodels.calibration_images(16)
-    model = tvm_vitq.quantize("refmodel:swin", bits=bits, recipe="p2-vit", calibration=images, progress=False)
-    library = tvm_vitq.compile(model, "vta")
-    assert not library.report["vta"]["on_host"]
-    assert np.array_equal(library(images[:1]), model.reference(images[:1]))
+    model = tvm_vitq.quantize(
+        f"refmodel:{kind}", bits=bits, recipe="p2-vit", calibration=images, progress=False
+    )
+    expected = model.reference(images[:1])
+    driver = build(tmp_path / "libvta.so")
+    stand_in = simulated(driver)
+    for target in ("vta", f"vta -driver={driver}"):
+        library = tvm_vitq.compile(model, target)
+        assert np.array_equal(library(images[:1]), expected), target
+        on_host = library.report["vta"]["on_host"]
+        assert all(name.endswith(".residual") and "may saturate" in why for name, why in on_host.items())
+        assert len(on_host) <= 1 and (bits == "w8a8" or not on_host)
+    assert stand_in.StandInFlushed() > 0
 
 
 def test_attention_and_the_layer_behind_are_one_launch(quantized):

@@ -77,7 +77,8 @@ def test_tensors_of_several_matrices_and_bytes():
     assert operand.matrices(2, 16)[1].block(1, 2) == 2 * 6 + 5
     codes = rng.integers(-128, 128, (3, 20, 33)).astype(np.int8)
     operand = Operand.made("codes", (3, 20, 33), "int8", 16)
-    assert np.array_equal(operand.unpacked([operand.packed(codes, 16).view(np.uint8)], 16), codes)
+    (packed,) = operand.packed(codes, 16)
+    assert np.array_equal(operand.unpacked([packed.view(np.uint8)], 16), codes)
 
 
 def test_the_same_program_makes_the_same_file():

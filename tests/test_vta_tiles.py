@@ -67,7 +67,7 @@ def test_the_chosen_tile_is_among_the_best(name):
 def test_all_tiles_fit_and_differ():
     found = list(tiles(SIZES["qkv"], CONFIG))
     assert len(found) == len(set(found)) > 100
-    assert all(fits(tile, Contexts(CONFIG, tile.contexts, 36), CONFIG) for tile in found)
+    assert all(fits(tile, Contexts(CONFIG, tile.contexts, 36), CONFIG, SIZES["qkv"]) for tile in found)
 
 
 def test_a_product_that_no_tile_fits_is_refused():
