@@ -193,8 +193,8 @@ def complemented(layer: Call) -> Call | None:
     return relax.Call(layer.op, operands, layer.attrs)
 
 
-def residual_sums(function: relax.Function) -> dict[str, Call | str]:
-    """Layers whose results are but added to the residual stream, by site; or why that cannot be VTA's."""
+def residual_sums(function: relax.Function) -> dict[str, str | None]:
+    """Layers whose results are but added to the residual stream, by site, and why a sum cannot be VTA's."""
     defined: dict[Var, Expr] = {}
     readers: dict[Var, int] = {}
     for block in function.body.blocks:
@@ -202,7 +202,7 @@ def residual_sums(function: relax.Function) -> dict[str, Call | str]:
             defined[binding.var] = binding.value
             for var in variables(binding.value):
                 readers[var] = readers.get(var, 0) + 1
-    found: dict[str, Call | str] = {}
+    found: dict[str, str | None] = {}
     for node in defined.values():
         if op_name(node) != "vitq.int_add":
             continue
@@ -216,7 +216,7 @@ def residual_sums(function: relax.Function) -> dict[str, Call | str]:
                 continue
             if op_name(layer) == "vitq.int_linear" and math.prod(shape_of(other)) == math.prod(shape_of(own)):
                 moved = any(name != "relax.reshape" for name in path)
-                found[attrs(layer)["site"]] = "rows move between the layer and the sum" if moved else layer
+                found[attrs(layer)["site"]] = "rows move between the layer and the sum" if moved else None
                 break
     return found
 

@@ -50,12 +50,13 @@ from tvm_vitq.vta.values import layer_launch, values_launch
 class Offload:
     """The pass, and what it made. Products and launches get the schedules that `choose` gives.
 
+    residual : whether residual sums are VTA's.
     program : the launches, numbered in this order.
     notes : layer -> why it stays on the host.
     """
 
-    def __init__(self, config: VtaConfig, choose: Choose | None = None) -> None:
-        self.choose = choose
+    def __init__(self, config: VtaConfig, choose: Choose | None = None, residual: bool = True) -> None:
+        self.choose, self.residual = choose, residual
         self.program = Program(config, {})
         self.notes: dict[str, str] = {}
 
@@ -65,7 +66,8 @@ class Offload:
             self.program.launches.clear()
             self.notes.clear()
             known = len(refused)
-            main = _Offload(self.program, self.notes, refused, self.choose).transform(mod["main"])
+            walk = _Offload(self.program, self.notes, refused, self.choose, self.residual)
+            main = walk.transform(mod["main"])
             if len(refused) == known:
                 return tvm.IRModule({"main": main})
 
@@ -87,10 +89,15 @@ class _Layer:
 
 class _Offload(Rewriter):
     def __init__(
-        self, program: Program, notes: dict[str, str], refused: dict[str, str], choose: Choose | None
+        self,
+        program: Program,
+        notes: dict[str, str],
+        refused: dict[str, str],
+        choose: Choose | None,
+        residual: bool,
     ) -> None:
         super().__init__()
-        self.choose = choose
+        self.choose, self.residual = choose, residual
         self.program, self.notes, self.refused = program, notes, refused
         self.config = program.config
         self.taken: set[str] = set()
@@ -114,11 +121,11 @@ class _Offload(Rewriter):
             self.taken.add(attrs(found.before)["site"])
             if found.behind is not None:
                 self.following[site] = found.behind
-        for site, layer in residual_sums(function).items():
-            if isinstance(layer, str):
-                self.notes[f"{site}.residual"] = layer
-            else:
+        for site, reason in residual_sums(function).items() if self.residual else ():
+            if reason is None:
                 self.summed.add(site)
+            else:
+                self.notes[f"{site}.residual"] = reason
         return super().transform(function)
 
     def rewrite(self, node: Call, name: str) -> Expr | None:

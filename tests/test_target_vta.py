@@ -171,6 +171,35 @@ def test_reference_models(kind, bits, tmp_path):
     assert stand_in.StandInFlushed() > 0
 
 
+def test_residual_sums_of_the_cpu(quantized):
+    """The same logits, fewer cycles, nothing that is added."""
+    model = quantized("p2-vit", embed_dim=96)
+    images = images_for(model)
+    made = {where: tvm_vitq.compile(model, f"vta -residual={where}") for where in ("vta", "cpu")}
+    assert all(np.array_equal(library(images), model.reference(images)) for library in made.values())
+    reports = {where: library.report["vta"] for where, library in made.items()}
+    assert not reports["vta"]["on_host"] and not reports["cpu"]["on_host"]
+    inputs = {
+        where: {name: len(launch.inputs) for name, launch in library.program.launches.items()}
+        for where, library in made.items()
+    }
+    more = {name for name, count in inputs["vta"].items() if count > inputs["cpu"][name]}
+    assert more == {"blocks.0.attn.proj", "blocks.0.mlp.fc2"}
+    assert reports["cpu"]["cycles"] < reports["vta"]["cycles"]
+
+
+@pytest.mark.parametrize(
+    "target", ["vta", "vta -residual=cpu", "vta -config=pynq-1x32_i8w8a32_15_15_18_17 -driver=libvta.so"]
+)
+def test_targets_are_read_as_they_are_written(target):
+    profile = targets.parse(target)
+    assert targets.parse(str(profile)) == profile
+    assert targets.TargetProfile.from_json(profile.to_json()) == profile
+    assert profile.residual != ("residual" in target)
+    if "config" in target:
+        assert (profile.vta.block, profile.vta.board.megahertz) == (32, 100)
+
+
 def test_attention_and_the_layer_behind_are_one_launch(quantized):
     """Of a shift plan; where the result of attention is no shift, each is a launch of its own."""
     launches = {

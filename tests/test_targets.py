@@ -100,6 +100,8 @@ def test_hidden_features_of_a_virtual_machine_are_not_used(monkeypatch):
         ({"kind": "vta", "config": 5}, "no VTA configuration"),
         ("vta foo", "-driver"),
         ("vta -config=missing.json", "cannot read the VTA configuration"),
+        ("vta -config=pynq-1x17_i8w8a32_15_15_18_17", "cannot read the VTA configuration"),
+        ("vta -residual=host", r"residual sums[\s\S]*vta or cpu"),
         ("cuda -arch=sm_90", "not available yet"),
         ("llvm -driver=a.so", "unknown target option"),
         ("llvm -mcup=haswell", "did you mean -mcpu"),

@@ -38,7 +38,7 @@ def compile_library(
     profile = parse(target)
     runs = find_runs(profile, tuning_logs)
     schedules, tiles = TunedSchedules(runs, profile.threads), TunedTiles(runs)
-    offload = Offload(profile.vta, tiles) if profile.vta else None
+    offload = Offload(profile.vta, tiles, profile.residual) if profile.vta else None
     start = time.perf_counter()
     with profile.target:
         passes = lower_passes(profile, schedules, weights == "packed", offload)

@@ -20,7 +20,7 @@ NOT_YET = ("cuda", "nvptx", "ext_dev")
 _USED = {"kind", "mtriple", "mcpu", "mattr", "num-cores"}
 # Written by TVM into every exported target, or descriptive; none changes the generated code.
 _DESCRIPTIVE = {"tag", "keys", "device", "model", "host"}
-_VTA = {"config", "driver"}
+_VTA = {"config", "driver", "residual"}
 
 
 def read(target: Any, aliases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _malformed(text: str, part: str) -> VitqError:
         where=f"target {text!r}",
         got=part or "nothing",
         expected='"llvm [-mtriple=<triple>] [-mcpu=<cpu>] [-mattr=+<feature>,...] [-num-cores=<n>]" or "vta '
-        '[-config=<file>] [-driver=<library>] [options of llvm]"',
+        '[-config=<file>] [-driver=<library>] [-residual=vta|cpu] [options of llvm]"',
     )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tvm_vitq import cpu, target_text
 from tvm_vitq.errors import VitqError, nearest
-from tvm_vitq.vta.config import LEAST_LOG_BLOCK, VtaConfig, config_from, read_config
+from tvm_vitq.vta.config import LEAST_LOG_BLOCK, VtaConfig, config_from, named_config, read_config
 
 if TYPE_CHECKING:
     import tvm
@@ -112,6 +112,7 @@ class TargetProfile:
     features : flags of `/proc/cpuinfo` that the machine must have to run the code.
     vta : the accelerator beside the CPU, which runs what is left over for it; None: there is none.
     driver : the accelerator's shared library; empty: VITQ_VTA_DRIVER names it, or it is simulated.
+    residual : whether residual sums are the accelerator's, else the CPU's.
     """
 
     isa: str
@@ -123,6 +124,7 @@ class TargetProfile:
     features: tuple[str, ...]
     vta: VtaConfig | None = None
     driver: str = ""
+    residual: bool = True
 
     @property
     def arch(self) -> str:
@@ -163,9 +165,11 @@ class TargetProfile:
             "mcpu": self.mcpu,
             "mattr": ",".join(self.mattr),
             "num-cores": self.threads,
+            "config": self.vta.name if self.vta and self.vta != VtaConfig() else "",
             "driver": self.driver,
+            "residual": "" if self.residual else "cpu",
         }
-        kind = f"vta {self.vta.target} {self.vta.text}" if self.vta else "llvm"
+        kind = "vta" if self.vta else "llvm"
         return " ".join([kind, *(f"-{name}={value}" for name, value in options.items() if value)])
 
 
@@ -182,8 +186,9 @@ def parse(target: str | Mapping[str, Any] | tvm.target.Target | TargetProfile) -
           instructions are those named and the architecture's baseline, not this machine's;
         * the key of an instruction set: "x86-avx2", "aarch64-dotprod", ...;
         * "vta": the accelerator in its default configuration beside this machine's CPU; -config=FILE names a
-          VTA JSON configuration, -driver=LIBRARY what drives the accelerator; the other options are those of
-          "llvm" and describe the CPU. In a dict, "config" may be the configuration itself;
+          VTA JSON configuration (or is a `VtaConfig.name`), -driver=LIBRARY what drives the accelerator,
+          -residual=cpu leaves residual sums to the CPU; the other options are those of "llvm" and describe
+          the CPU. In a dict, "config" may be the configuration itself;
         * one of TVM's target tags ("raspberry-pi/4b-aarch64"), a dict, its JSON text, a `tvm.target.Target`;
         * a `TargetProfile`, which is returned.
 
@@ -196,7 +201,8 @@ def parse(target: str | Mapping[str, Any] | tvm.target.Target | TargetProfile) -
         return target
     options = target_text.read(target, ALIASES)
     if options["kind"] == "vta":
-        return replace(_cpu_profile(options), vta=_vta(options), driver=str(options.get("driver") or ""))
+        driver, residual = str(options.get("driver") or ""), _residual(options)
+        return replace(_cpu_profile(options), vta=_vta(options), driver=driver, residual=residual)
     return _cpu_profile(options)
 
 
@@ -211,7 +217,10 @@ def _vta(options: Mapping[str, Any]) -> VtaConfig:
             got=repr(config),
             expected="a JSON file, or its content",
         )
-    found = config_from(config) if isinstance(config, Mapping) else read_config(Path(config))
+    if isinstance(config, Mapping):
+        found = config_from(config)
+    else:
+        found = named_config(str(config)) or read_config(Path(config))
     if found.log_block < LEAST_LOG_BLOCK:
         raise VitqError(
             "VTA blocks are too small",
@@ -220,6 +229,19 @@ def _vta(options: Mapping[str, Any]) -> VtaConfig:
             expected=f"at least {LEAST_LOG_BLOCK}",
         )
     return found
+
+
+def _residual(options: Mapping[str, Any]) -> bool:
+    """Whether residual sums are the accelerator's."""
+    given = options.get("residual", "vta")
+    if given not in ("vta", "cpu"):
+        raise VitqError(
+            "no such place for residual sums",
+            where="target option -residual",
+            got=given,
+            expected="vta or cpu",
+        )
+    return given == "vta"
 
 
 def _cpu_profile(options: Mapping[str, Any]) -> TargetProfile:

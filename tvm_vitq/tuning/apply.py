@@ -24,7 +24,7 @@ VTA_FOLDER = "vta"
 
 def vta_name(config: VtaConfig) -> str:
     """Names a VTA in records: its sizes, and the board, whose memory port decides as well."""
-    return f"vta-{config.target}-{config.text}"
+    return f"vta-{config.name}"
 
 
 def find_runs(profile: TargetProfile, where: str | os.PathLike[str] | bool | None = None) -> list[Run]:

@@ -109,7 +109,7 @@ def find_products(quantized: QuantizedModel, profile: TargetProfile) -> dict[str
         calls[choice.signature] = calls.get(choice.signature, 0) + 1
         choices.setdefault(choice.signature, choice)
 
-    offload = Offload(profile.vta, note)
+    offload = Offload(profile.vta, note, profile.residual)
     passes = lower_passes(profile, offload=offload)
     last = [name for name, _ in passes].index("offload")
     with profile.target:

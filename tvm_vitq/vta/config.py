@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -155,6 +156,11 @@ class VtaConfig:
         sizes = (self.log_uop_bytes, self.log_inp_bytes, self.log_wgt_bytes, self.log_acc_bytes)
         return f"1x{self.block}_i8w8a32_" + "_".join(map(str, sizes))
 
+    @property
+    def name(self) -> str:
+        """Board and sizes, as `named_config` reads them."""
+        return f"{self.target}-{self.text}"
+
     def to_json(self) -> dict[str, Any]:
         """The configuration file's content."""
         values = (3, 3, 5, 0, self.log_block)
@@ -164,6 +170,15 @@ class VtaConfig:
             "HW_VER": "0.0.2",
             **dict(zip(KEYS, (*values, *sizes), strict=True)),
         }
+
+
+def named_config(name: str) -> VtaConfig | None:
+    """The machine of a `VtaConfig.name`; None if it is no such name."""
+    found = re.fullmatch(r"(\w+)-1x(\d+)_i8w8a32_(\d+)_(\d+)_(\d+)_(\d+)", name)
+    if found is None or found[1] not in BOARDS:
+        return None
+    block, *sizes = map(int, found.groups()[1:])
+    return VtaConfig(found[1], block.bit_length() - 1, *sizes) if block and not block & (block - 1) else None
 
 
 def read_config(path: str | Path) -> VtaConfig:
