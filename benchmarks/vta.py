@@ -22,10 +22,10 @@ from tqdm import tqdm
 import tvm_vitq
 from tvm_vitq.numerics import WIDE_MAX, Output
 from tvm_vitq.sweep_tables import markdown_table
-from tvm_vitq.vta.choice import Choice
-from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.linear import Conversion, conversion, linear_launch, whole_sums
-from tvm_vitq.vta.residual import Residual
+from tvm_vitq.vta.launches.linear import Conversion, conversion, linear_launch, whole_sums
+from tvm_vitq.vta.launches.residual import Residual
+from tvm_vitq.vta.machine.config import VtaConfig
+from tvm_vitq.vta.stream.choice import Choice
 
 TOKENS = 197
 WIDTHS = {"deit_tiny": 192, "deit_small": 384, "deit_base": 768}

@@ -18,10 +18,10 @@ from tvm_vitq.numerics_attention import Probabilities
 from tvm_vitq.ops import attrs, dtype_of, op_name, probabilities_of, shape_of
 from tvm_vitq.relax_passes.attention_expressions import BYTE_OFFSET, NEGATED_MAX
 from tvm_vitq.relax_passes.rewriter import constant, variables
-from tvm_vitq.vta.epilogue import Epilogue
-from tvm_vitq.vta.linear import LARGEST_SUM, Conversion, conversion
-from tvm_vitq.vta.residual import Residual
-from tvm_vitq.vta.scores import largest_code
+from tvm_vitq.vta.launches.linear import LARGEST_SUM, Conversion, conversion
+from tvm_vitq.vta.launches.residual import Residual
+from tvm_vitq.vta.launches.scores import largest_code
+from tvm_vitq.vta.stream.epilogue import Epilogue
 
 
 @dataclass(frozen=True)

@@ -36,15 +36,16 @@ from tvm_vitq.relax_passes.offload_conditions import (
     why_not,
 )
 from tvm_vitq.relax_passes.rewriter import Rewriter, constant
-from tvm_vitq.vta.choice import Choose
-from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.heads import Heads
-from tvm_vitq.vta.host import LAUNCH
-from tvm_vitq.vta.linear import Conversion, linear_launch
-from tvm_vitq.vta.program import Launch, Program
-from tvm_vitq.vta.residual import Residual
-from tvm_vitq.vta.scores import Scores, largest_code
-from tvm_vitq.vta.values import layer_launch, values_launch
+from tvm_vitq.vta.launches.heads import Heads
+from tvm_vitq.vta.launches.linear import Conversion, linear_launch
+from tvm_vitq.vta.launches.residual import Residual
+from tvm_vitq.vta.launches.scores import Scores, largest_code
+from tvm_vitq.vta.launches.values import layer_launch, values_launch
+from tvm_vitq.vta.machine.config import VtaConfig
+from tvm_vitq.vta.runtime.host import LAUNCH
+from tvm_vitq.vta.runtime.program import Program
+from tvm_vitq.vta.stream.choice import Choose
+from tvm_vitq.vta.stream.launch import Launch
 
 
 class Offload:

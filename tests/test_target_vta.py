@@ -15,7 +15,7 @@ from tvm_vitq import refmodels, targets
 from tvm_vitq.cli import main
 from tvm_vitq.errors import VitqError
 from tvm_vitq.quantized_model import QuantizedModel
-from tvm_vitq.vta.config import VtaConfig
+from tvm_vitq.vta.machine.config import VtaConfig
 
 SIZE = 32
 

@@ -13,8 +13,8 @@ from tvm_vitq import refmodels, targets
 from tvm_vitq.errors import VitqError
 from tvm_vitq.tuning.apply import find_runs, vta_name
 from tvm_vitq.tuning.records import read_run
-from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.matmul import Product
+from tvm_vitq.vta.machine.config import VtaConfig
+from tvm_vitq.vta.stream.matmul import Product
 
 
 @pytest.fixture(scope="module")

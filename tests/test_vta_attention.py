@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.device import SimulatedDevice
-from tvm_vitq.vta.epilogue import Epilogue
-from tvm_vitq.vta.heads import Heads
-from tvm_vitq.vta.linear import Conversion, whole_sums
-from tvm_vitq.vta.program import PlacedProgram, Program
-from tvm_vitq.vta.scores import Scores
-from tvm_vitq.vta.values import layer_launch, values_launch
+from tvm_vitq.vta.launches.heads import Heads
+from tvm_vitq.vta.launches.linear import Conversion, whole_sums
+from tvm_vitq.vta.launches.scores import Scores
+from tvm_vitq.vta.launches.values import layer_launch, values_launch
+from tvm_vitq.vta.machine.config import VtaConfig
+from tvm_vitq.vta.runtime.device import SimulatedDevice
+from tvm_vitq.vta.runtime.program import PlacedProgram, Program
+from tvm_vitq.vta.stream.epilogue import Epilogue
 
 CONFIG = VtaConfig()
 

@@ -10,8 +10,8 @@ from vta_programs import CONFIG, INPUTS, RESULTS, product
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.vta.check import Region, check, require_sound
-from tvm_vitq.vta.config import Memory
-from tvm_vitq.vta.isa import (
+from tvm_vitq.vta.machine.config import Memory
+from tvm_vitq.vta.machine.isa import (
     Alu,
     AluOp,
     Finish,
@@ -24,7 +24,7 @@ from tvm_vitq.vta.isa import (
     encode_uops,
     no_op,
 )
-from tvm_vitq.vta.order import QUEUED, follow
+from tvm_vitq.vta.machine.order import QUEUED, follow
 
 UOP_LOAD, INP_LOAD, WGT_LOAD, RESET, GEMM, SHIFT, STORE = 0, 1, 2, 3, 4, 5, 8
 """Positions of the first of each kind in `product`."""

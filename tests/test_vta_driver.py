@@ -13,9 +13,9 @@ from vta_programs import CONFIG, product
 from vta_stand_in import MEMORY, build, give_machine, simulated
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.vta.device import Device, SimulatedDevice
-from tvm_vitq.vta.driver import LARGEST, DriverDevice, load_driver
-from tvm_vitq.vta.isa import Finish, Load, Store, encode
+from tvm_vitq.vta.machine.isa import Finish, Load, Store, encode
+from tvm_vitq.vta.runtime.device import Device, SimulatedDevice
+from tvm_vitq.vta.runtime.driver import LARGEST, DriverDevice, load_driver
 
 
 @pytest.fixture

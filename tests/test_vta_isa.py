@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.vta.config import Memory, VtaConfig, config_from, read_config
-from tvm_vitq.vta.isa import (
+from tvm_vitq.vta.machine.config import Memory, VtaConfig, config_from, read_config
+from tvm_vitq.vta.machine.isa import (
     CLASSES,
     Alu,
     Finish,
@@ -30,7 +30,7 @@ from tvm_vitq.vta.isa import (
     no_op,
     stage,
 )
-from tvm_vitq.vta.listing import listing
+from tvm_vitq.vta.stream.listing import listing
 
 CONFIGS = [
     VtaConfig(),

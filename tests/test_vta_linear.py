@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tvm_vitq.numerics import Output, int_linear, requantize
-from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.device import SimulatedDevice
-from tvm_vitq.vta.linear import Conversion, conversion, linear_launch
-from tvm_vitq.vta.program import PlacedProgram, Program
+from tvm_vitq.vta.launches.linear import Conversion, conversion, linear_launch
+from tvm_vitq.vta.machine.config import VtaConfig
+from tvm_vitq.vta.runtime.device import SimulatedDevice
+from tvm_vitq.vta.runtime.program import PlacedProgram, Program
 
 CONFIG = VtaConfig()
 CODES = Output("int8", -128, 127, "shift")

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.vta.assembler import Assembler, Buffer, Stream
-from tvm_vitq.vta.blocks import Matrix, bias_as_products, pack, unpack
 from tvm_vitq.vta.check import Region, check
-from tvm_vitq.vta.config import PORTABLE_UOPS, Memory, VtaConfig
-from tvm_vitq.vta.cycles import Cycles, count_cycles
-from tvm_vitq.vta.epilogue import Epilogue
-from tvm_vitq.vta.isa import Alu, AluOp, Gemm, Load, Stage
-from tvm_vitq.vta.matmul import Product
-from tvm_vitq.vta.order import follow
-from tvm_vitq.vta.simulator import Simulator
-from tvm_vitq.vta.tiles import Tile
+from tvm_vitq.vta.machine.config import PORTABLE_UOPS, Memory, VtaConfig
+from tvm_vitq.vta.machine.cycles import Cycles, count_cycles
+from tvm_vitq.vta.machine.isa import Alu, AluOp, Gemm, Load, Stage
+from tvm_vitq.vta.machine.order import follow
+from tvm_vitq.vta.machine.simulator import Simulator
+from tvm_vitq.vta.stream.assembler import Assembler, Buffer, Stream
+from tvm_vitq.vta.stream.blocks import Matrix, bias_as_products, pack, unpack
+from tvm_vitq.vta.stream.epilogue import Epilogue
+from tvm_vitq.vta.stream.matmul import Product
+from tvm_vitq.vta.stream.tiles import Tile
 
 CONFIG = VtaConfig()
 SMALL = VtaConfig(log_uop_bytes=13, log_inp_bytes=13, log_wgt_bytes=15, log_acc_bytes=15)

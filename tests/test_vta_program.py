@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.vta.assembler import Assembler, Buffer
-from tvm_vitq.vta.blocks import Matrix, pack
-from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.device import SimulatedDevice
-from tvm_vitq.vta.epilogue import Epilogue
-from tvm_vitq.vta.matmul import Product
-from tvm_vitq.vta.operand import Operand
-from tvm_vitq.vta.program import Launch, PlacedProgram, Program
-from tvm_vitq.vta.tiles import Tile
+from tvm_vitq.vta.machine.config import VtaConfig
+from tvm_vitq.vta.runtime.device import SimulatedDevice
+from tvm_vitq.vta.runtime.program import PlacedProgram, Program
+from tvm_vitq.vta.stream.assembler import Assembler, Buffer
+from tvm_vitq.vta.stream.blocks import Matrix, pack
+from tvm_vitq.vta.stream.epilogue import Epilogue
+from tvm_vitq.vta.stream.launch import Launch
+from tvm_vitq.vta.stream.matmul import Product
+from tvm_vitq.vta.stream.operand import Operand
+from tvm_vitq.vta.stream.tiles import Tile
 
 CONFIG = VtaConfig()
 RNG = np.random.default_rng(0)

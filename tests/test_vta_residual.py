@@ -7,13 +7,13 @@ import pytest
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import WIDE_MAX, Output, int_add, int_linear
-from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.device import SimulatedDevice
-from tvm_vitq.vta.digits import LARGEST, digit_weights, digits
-from tvm_vitq.vta.isa import Alu, AluOp
-from tvm_vitq.vta.linear import linear_launch
-from tvm_vitq.vta.program import PlacedProgram, Program
-from tvm_vitq.vta.residual import Residual
+from tvm_vitq.vta.launches.linear import linear_launch
+from tvm_vitq.vta.launches.residual import Residual
+from tvm_vitq.vta.machine.config import VtaConfig
+from tvm_vitq.vta.machine.isa import Alu, AluOp
+from tvm_vitq.vta.runtime.device import SimulatedDevice
+from tvm_vitq.vta.runtime.program import PlacedProgram, Program
+from tvm_vitq.vta.stream.digits import LARGEST, digit_weights, digits
 
 CONFIG = VtaConfig()
 WIDE = Output("int32", -WIDE_MAX, WIDE_MAX, "shift")

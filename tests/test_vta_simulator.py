@@ -7,9 +7,9 @@ import pytest
 from vta_programs import CONFIG, UOPS, product
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.vta.config import Memory, VtaConfig
-from tvm_vitq.vta.cycles import count_cycles
-from tvm_vitq.vta.isa import (
+from tvm_vitq.vta.machine.config import Memory, VtaConfig
+from tvm_vitq.vta.machine.cycles import count_cycles
+from tvm_vitq.vta.machine.isa import (
     Alu,
     AluOp,
     Finish,
@@ -23,8 +23,8 @@ from tvm_vitq.vta.isa import (
     encode,
     no_op,
 )
-from tvm_vitq.vta.order import follow
-from tvm_vitq.vta.simulator import Simulator
+from tvm_vitq.vta.machine.order import follow
+from tvm_vitq.vta.machine.simulator import Simulator
 
 
 def wrapped(value: int) -> int:

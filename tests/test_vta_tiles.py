@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.vta.assembler import Assembler, Buffer
-from tvm_vitq.vta.blocks import Matrix
-from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.contexts import Contexts
-from tvm_vitq.vta.cycles import count_cycles
-from tvm_vitq.vta.epilogue import Epilogue
-from tvm_vitq.vta.matmul import Product
-from tvm_vitq.vta.tiles import Size, Tile, choose_tile, estimate, fits, tiles
+from tvm_vitq.vta.machine.config import VtaConfig
+from tvm_vitq.vta.machine.cycles import count_cycles
+from tvm_vitq.vta.stream.assembler import Assembler, Buffer
+from tvm_vitq.vta.stream.blocks import Matrix
+from tvm_vitq.vta.stream.contexts import Contexts
+from tvm_vitq.vta.stream.epilogue import Epilogue
+from tvm_vitq.vta.stream.matmul import Product
+from tvm_vitq.vta.stream.tiles import Size, Tile, choose_tile, estimate, fits, tiles
 
 CONFIG = VtaConfig()
 

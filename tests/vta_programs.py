@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tvm_vitq.vta.check import Region
-from tvm_vitq.vta.config import Memory, VtaConfig
-from tvm_vitq.vta.isa import (
+from tvm_vitq.vta.machine.config import Memory, VtaConfig
+from tvm_vitq.vta.machine.isa import (
     Alu,
     AluOp,
     Finish,

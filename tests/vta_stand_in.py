@@ -10,7 +10,7 @@ import numpy as np
 from vta_programs import CONFIG
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.vta.simulator import Simulator
+from tvm_vitq.vta.machine.simulator import Simulator
 
 SOURCE = Path(__file__).with_name("vta_stand_in.c")
 MEMORY = 1 << 26

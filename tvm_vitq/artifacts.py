@@ -132,7 +132,7 @@ def vta_listing(path: str | os.PathLike[str], launch: str | None = None) -> tupl
     ------
     VitqError : as `open_artifact`; another kind of file, a library without VTA, no such launch.
     """
-    from tvm_vitq.vta.listing import stream_listing
+    from tvm_vitq.vta.stream.listing import stream_listing
 
     kind = kind_of(path)
     program = _library(path).program if kind == "library" else None

@@ -21,7 +21,7 @@ from tvm_vitq.report import assembly, build_report
 from tvm_vitq.runtime import Library
 from tvm_vitq.targets import TargetProfile, parse
 from tvm_vitq.tuning.apply import TunedSchedules, TunedTiles, find_runs
-from tvm_vitq.vta.report import vta_report
+from tvm_vitq.vta.runtime.report import vta_report
 
 PACKAGES = ("tvm-vitq", "apache-tvm", "apache-tvm-ffi", "torch", "timm", "numpy")
 

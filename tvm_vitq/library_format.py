@@ -83,7 +83,7 @@ def write(path: str | os.PathLike[str], shared_object: Path, info: LibraryInfo, 
 
     Parameters
     ----------
-    program : of VTA, see vta/program.py.
+    program : of VTA, see vta/runtime/program.py.
 
     Raises
     ------

@@ -23,8 +23,8 @@ import numpy as np
 from tvm_vitq import cpu, ffi, library_format, linker, settings
 from tvm_vitq.errors import VitqError
 from tvm_vitq.library_format import LOAD, LibraryInfo
-from tvm_vitq.vta import host
-from tvm_vitq.vta.program import Program
+from tvm_vitq.vta.runtime import host
+from tvm_vitq.vta.runtime.program import Program
 
 ALIGNMENT = 64
 """Bytes: TVM's vector loads assume it of every tensor (kAllocAlignment), NumPy promises only 16."""

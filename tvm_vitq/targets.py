@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tvm_vitq import cpu, target_text
 from tvm_vitq.errors import VitqError, nearest
-from tvm_vitq.vta.config import LEAST_LOG_BLOCK, VtaConfig, config_from, named_config, read_config
+from tvm_vitq.vta.machine.config import LEAST_LOG_BLOCK, VtaConfig, config_from, named_config, read_config
 
 if TYPE_CHECKING:
     import tvm

@@ -12,8 +12,8 @@ from tvm_vitq.relax_passes.lower_kernels import Site
 from tvm_vitq.schedules.space import scheduled
 from tvm_vitq.targets import TargetProfile
 from tvm_vitq.tuning.records import Record, Run, best, read_run, target_name
-from tvm_vitq.vta.choice import Choice, Schedule
-from tvm_vitq.vta.config import VtaConfig
+from tvm_vitq.vta.machine.config import VtaConfig
+from tvm_vitq.vta.stream.choice import Choice, Schedule
 
 FOLDER = "tuning_logs"
 """Where `tvm_vitq.tune` writes and `tvm_vitq.compile` looks, besides what the package brings along."""

@@ -25,8 +25,8 @@ from tvm_vitq.relax_passes.offload_vta import Offload
 from tvm_vitq.targets import TargetProfile
 from tvm_vitq.tuning.apply import FOLDER, VTA_FOLDER, vta_name
 from tvm_vitq.tuning.records import Record, Writer, best, earlier_records, model_name
-from tvm_vitq.vta.choice import Choice, Schedule
-from tvm_vitq.vta.config import VtaConfig
+from tvm_vitq.vta.machine.config import VtaConfig
+from tvm_vitq.vta.stream.choice import Choice, Schedule
 
 
 class _Task:

@@ -1,3 +1,8 @@
-"""VTA, the Versatile Tensor Accelerator: its instructions, what proves a stream of them sound, a simulator of
-the machine with its cycles, and the driver's C interface. NumPy only.
+"""VTA, the Versatile Tensor Accelerator. NumPy only; in the order in which one thing stands on the other:
+
+machine    its sizes and instructions, what they compute and what they cost
+check      what proves a stream of instructions sound
+stream     matrix products as streams
+launches   layers and attention as launches of products
+runtime    programs of launches on a device, the drivers, the host's side
 """

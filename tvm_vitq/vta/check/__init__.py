@@ -19,9 +19,9 @@ from tvm_vitq.vta.check.findings import Finding, Region
 from tvm_vitq.vta.check.form import check_form
 from tvm_vitq.vta.check.portable import check_portable
 from tvm_vitq.vta.check.tokens import check_tokens
-from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.isa import Instruction
-from tvm_vitq.vta.order import follow
+from tvm_vitq.vta.machine.config import VtaConfig
+from tvm_vitq.vta.machine.isa import Instruction
+from tvm_vitq.vta.machine.order import follow
 
 __all__ = ["Finding", "Region", "check", "require_sound"]
 

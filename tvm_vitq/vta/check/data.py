@@ -13,8 +13,8 @@ import numpy as np
 
 from tvm_vitq.numerics import Array
 from tvm_vitq.vta.check.findings import Finding, Region, region_of
-from tvm_vitq.vta.config import UOP_BYTES, Memory, VtaConfig
-from tvm_vitq.vta.isa import (
+from tvm_vitq.vta.machine.config import UOP_BYTES, Memory, VtaConfig
+from tvm_vitq.vta.machine.isa import (
     Alu,
     AluOp,
     Gemm,
@@ -27,7 +27,7 @@ from tvm_vitq.vta.isa import (
     decode_uops,
     indices,
 )
-from tvm_vitq.vta.order import Order
+from tvm_vitq.vta.machine.order import Order
 
 NEAR = 2
 """Executions of micro-ops that are in the pipeline together with the next one."""

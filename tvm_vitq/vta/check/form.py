@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tvm_vitq.vta.check.findings import Finding, Region, region_of
-from tvm_vitq.vta.config import Memory, VtaConfig
-from tvm_vitq.vta.isa import (
+from tvm_vitq.vta.machine.config import Memory, VtaConfig
+from tvm_vitq.vta.machine.isa import (
     Alu,
     AluOp,
     Instruction,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tvm_vitq.vta.check.findings import Finding
-from tvm_vitq.vta.config import PORTABLE_UOPS, Memory, VtaConfig
-from tvm_vitq.vta.isa import Alu, AluOp, Instruction, Load, Loop
+from tvm_vitq.vta.machine.config import PORTABLE_UOPS, Memory, VtaConfig
+from tvm_vitq.vta.machine.isa import Alu, AluOp, Instruction, Load, Loop
 
 PORTABLE_SHIFTS = (-16, 15)
 """Immediate amounts of SHR; amounts from accumulators are checked with the data, 0 to 15."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tvm_vitq.vta.check.findings import Finding
-from tvm_vitq.vta.isa import Finish, Instruction, Stage
-from tvm_vitq.vta.order import QUEUE_NAMES, QUEUED, TOKENS, Order
+from tvm_vitq.vta.machine.isa import Finish, Instruction, Stage
+from tvm_vitq.vta.machine.order import QUEUE_NAMES, QUEUED, TOKENS, Order
 
 
 def check_tokens(program: Sequence[Instruction], order: Order) -> list[Finding]:

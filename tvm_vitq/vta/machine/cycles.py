@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.vta.config import INSTRUCTION_BYTES, Memory, VtaConfig
-from tvm_vitq.vta.isa import Alu, Finish, Gemm, Instruction, Load, Stage, Store, Transfer, stage
-from tvm_vitq.vta.order import QUEUED, Queue, pops, pushes
+from tvm_vitq.vta.machine.config import INSTRUCTION_BYTES, Memory, VtaConfig
+from tvm_vitq.vta.machine.isa import Alu, Finish, Gemm, Instruction, Load, Stage, Store, Transfer, stage
+from tvm_vitq.vta.machine.order import QUEUED, Queue, pops, pushes
 
 LOOP_START = 7
 """Cycles of a GEMM or ALU instruction beside those of its micro-ops."""

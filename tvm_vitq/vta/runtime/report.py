@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tvm_vitq.vta.device import SimulatedDevice
-from tvm_vitq.vta.program import PlacedProgram, Program
+from tvm_vitq.vta.runtime.device import SimulatedDevice
+from tvm_vitq.vta.runtime.program import PlacedProgram, Program
 
 
 def vta_report(program: Program, notes: Mapping[str, str], tuned: Collection[str] = ()) -> dict[str, Any]:

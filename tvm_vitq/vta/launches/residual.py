@@ -17,9 +17,9 @@ import numpy as np
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import WIDE_MAX, Array, Output
-from tvm_vitq.vta.digits import LARGEST, LOW_BITS
-from tvm_vitq.vta.epilogue import Epilogue
-from tvm_vitq.vta.linear import LARGEST_SUM, Conversion
+from tvm_vitq.vta.launches.linear import LARGEST_SUM, Conversion
+from tvm_vitq.vta.stream.digits import LARGEST, LOW_BITS
+from tvm_vitq.vta.stream.epilogue import Epilogue
 
 EXACT_FLOATS = 2**24
 """Integers below are float32."""

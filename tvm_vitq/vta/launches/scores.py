@@ -15,19 +15,19 @@ import numpy as np
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.assembler import Assembler
-from tvm_vitq.vta.blocks import Matrix, constant_matrix
-from tvm_vitq.vta.choice import Choose, Schedule
-from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.contexts import Contexts
-from tvm_vitq.vta.epilogue import Epilogue
-from tvm_vitq.vta.heads import Heads, Values, columns_of, rows_of
-from tvm_vitq.vta.linear import whole_sums
-from tvm_vitq.vta.matmul import Product
-from tvm_vitq.vta.operand import Operand
-from tvm_vitq.vta.program import Launch
-from tvm_vitq.vta.tiles import CONTEXTS, Size, Tile, choose_tile, estimate, tiles
-from tvm_vitq.vta.turns import in_turns
+from tvm_vitq.vta.launches.heads import Heads, Values, columns_of, rows_of
+from tvm_vitq.vta.launches.linear import whole_sums
+from tvm_vitq.vta.machine.config import VtaConfig
+from tvm_vitq.vta.stream.assembler import Assembler
+from tvm_vitq.vta.stream.blocks import Matrix, constant_matrix
+from tvm_vitq.vta.stream.choice import Choose, Schedule
+from tvm_vitq.vta.stream.contexts import Contexts
+from tvm_vitq.vta.stream.epilogue import Epilogue
+from tvm_vitq.vta.stream.launch import Launch
+from tvm_vitq.vta.stream.matmul import Product
+from tvm_vitq.vta.stream.operand import Operand
+from tvm_vitq.vta.stream.tiles import CONTEXTS, Size, Tile, choose_tile, estimate, tiles
+from tvm_vitq.vta.stream.turns import in_turns
 
 SHARES = 8
 """Parts into which scratchpads are divided, some for scores, the others for the layer."""

@@ -15,15 +15,15 @@ from dataclasses import replace
 import numpy as np
 
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.assembler import Assembler
-from tvm_vitq.vta.choice import Choose
-from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.epilogue import Epilogue, Rows
-from tvm_vitq.vta.heads import Heads, Values, columns_of
-from tvm_vitq.vta.linear import Conversion, Layer, whole_sums
-from tvm_vitq.vta.matmul import Product
-from tvm_vitq.vta.operand import Operand
-from tvm_vitq.vta.program import Launch
+from tvm_vitq.vta.launches.heads import Heads, Values, columns_of
+from tvm_vitq.vta.launches.linear import Conversion, Layer, whole_sums
+from tvm_vitq.vta.machine.config import VtaConfig
+from tvm_vitq.vta.stream.assembler import Assembler
+from tvm_vitq.vta.stream.choice import Choose
+from tvm_vitq.vta.stream.epilogue import Epilogue, Rows
+from tvm_vitq.vta.stream.launch import Launch
+from tvm_vitq.vta.stream.matmul import Product
+from tvm_vitq.vta.stream.operand import Operand
 
 
 def values_launch(

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.assembler import Buffer
-from tvm_vitq.vta.blocks import Matrix, pack, unpack
-from tvm_vitq.vta.digits import DIGITS, digits
+from tvm_vitq.vta.stream.assembler import Buffer
+from tvm_vitq.vta.stream.blocks import Matrix, pack, unpack
+from tvm_vitq.vta.stream.digits import DIGITS, digits
 
 
 @dataclass(frozen=True)

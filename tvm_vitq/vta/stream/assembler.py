@@ -17,9 +17,9 @@ import numpy as np
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.config import PAGE, PORTABLE_UOPS, UOP_BYTES, Memory, VtaConfig
-from tvm_vitq.vta.cycles import count_cycles, duration
-from tvm_vitq.vta.isa import (
+from tvm_vitq.vta.machine.config import PAGE, PORTABLE_UOPS, UOP_BYTES, Memory, VtaConfig
+from tvm_vitq.vta.machine.cycles import count_cycles, duration
+from tvm_vitq.vta.machine.isa import (
     Alu,
     Finish,
     Gemm,

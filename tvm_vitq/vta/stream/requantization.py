@@ -15,12 +15,12 @@ import numpy as np
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.assembler import Buffer
-from tvm_vitq.vta.blocks import bias_as_products, filled
-from tvm_vitq.vta.config import Memory, VtaConfig
-from tvm_vitq.vta.epilogue import Epilogue, Rows
-from tvm_vitq.vta.isa import AluOp
-from tvm_vitq.vta.open_tile import OpenTile, Part
+from tvm_vitq.vta.machine.config import Memory, VtaConfig
+from tvm_vitq.vta.machine.isa import AluOp
+from tvm_vitq.vta.stream.assembler import Buffer
+from tvm_vitq.vta.stream.blocks import bias_as_products, filled
+from tvm_vitq.vta.stream.epilogue import Epilogue, Rows
+from tvm_vitq.vta.stream.open_tile import OpenTile, Part
 
 LARGEST_SHIFT = 15
 """Of one instruction, to the right."""

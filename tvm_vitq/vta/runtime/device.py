@@ -8,8 +8,8 @@ import numpy as np
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.config import PAGE, VtaConfig
-from tvm_vitq.vta.simulator import Simulator
+from tvm_vitq.vta.machine.config import PAGE, VtaConfig
+from tvm_vitq.vta.machine.simulator import Simulator
 
 
 class Allocation(Protocol):

@@ -19,7 +19,7 @@ import numpy as np
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.config import INSTRUCTION_BYTES, Memory, VtaConfig
+from tvm_vitq.vta.machine.config import INSTRUCTION_BYTES, Memory, VtaConfig
 
 DEFAULT = VtaConfig()
 

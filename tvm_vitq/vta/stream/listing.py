@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 
-from tvm_vitq.vta.assembler import Stream
-from tvm_vitq.vta.config import Memory
-from tvm_vitq.vta.isa import (
+from tvm_vitq.vta.machine.config import Memory
+from tvm_vitq.vta.machine.isa import (
     Alu,
     AluOp,
     Finish,
@@ -21,6 +20,7 @@ from tvm_vitq.vta.isa import (
     Unknown,
     stage,
 )
+from tvm_vitq.vta.stream.assembler import Stream
 
 _SYMBOLS = {AluOp.ADD: "+", AluOp.SHR: ">>", AluOp.MUL: "*"}
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.config import PAGE, VtaConfig
-from tvm_vitq.vta.device import Allocation
+from tvm_vitq.vta.machine.config import PAGE, VtaConfig
+from tvm_vitq.vta.runtime.device import Allocation
 
 WAIT_CYCLES = 1 << 31
 """Polls of the done flag before a driver gives up, as upstream's run time asks for."""

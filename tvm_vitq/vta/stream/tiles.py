@@ -7,9 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.vta.config import Memory, VtaConfig
-from tvm_vitq.vta.contexts import Contexts
-from tvm_vitq.vta.cycles import FIRST_BURST, LOAD_START, LOOP_START, NEXT_BURST, STORE_BURST, STORE_START
+from tvm_vitq.vta.machine.config import Memory, VtaConfig
+from tvm_vitq.vta.machine.cycles import (
+    FIRST_BURST,
+    LOAD_START,
+    LOOP_START,
+    NEXT_BURST,
+    STORE_BURST,
+    STORE_START,
+)
+from tvm_vitq.vta.stream.contexts import Contexts
 
 CONTEXTS = (2, 3, 4)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from tvm_vitq.vta.matmul import Product
+from tvm_vitq.vta.stream.matmul import Product
 
 
 def in_turns(*lists: Sequence[Product]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tvm_vitq.vta.config import Memory, VtaConfig
+from tvm_vitq.vta.machine.config import Memory, VtaConfig
 
 
 class Contexts:

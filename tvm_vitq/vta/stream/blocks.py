@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.assembler import Buffer
+from tvm_vitq.vta.stream.assembler import Buffer
 
 
 @dataclass(frozen=True)

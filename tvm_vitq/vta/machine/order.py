@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.isa import Instruction, Stage, stage, tokens
+from tvm_vitq.vta.machine.isa import Instruction, Stage, stage, tokens
 
 QUEUED = 512
 """Instructions that a stage's queue holds; fetching waits when one is full."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.blocks import Matrix
-from tvm_vitq.vta.operand import Operand
+from tvm_vitq.vta.stream.blocks import Matrix
+from tvm_vitq.vta.stream.operand import Operand
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.assembler import Assembler
+from tvm_vitq.vta.stream.assembler import Assembler
 
 FEWEST_ROWS = 3
 """Micro-ops of a tile, so that none meets its own accumulator again within the pipeline."""

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tvm_vitq.numerics import INDEX_BITS, Array, Output
-from tvm_vitq.vta.assembler import Assembler
-from tvm_vitq.vta.blocks import Matrix, constant_matrix
-from tvm_vitq.vta.choice import Choose
-from tvm_vitq.vta.config import VtaConfig
-from tvm_vitq.vta.epilogue import Epilogue
-from tvm_vitq.vta.matmul import Product
-from tvm_vitq.vta.operand import Operand
-from tvm_vitq.vta.program import Launch
+from tvm_vitq.vta.machine.config import VtaConfig
+from tvm_vitq.vta.stream.assembler import Assembler
+from tvm_vitq.vta.stream.blocks import Matrix, constant_matrix
+from tvm_vitq.vta.stream.choice import Choose
+from tvm_vitq.vta.stream.epilogue import Epilogue
+from tvm_vitq.vta.stream.launch import Launch
+from tvm_vitq.vta.stream.matmul import Product
+from tvm_vitq.vta.stream.operand import Operand
 
 LARGEST_SUM = 2**31 - 1
 

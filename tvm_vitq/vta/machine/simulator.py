@@ -13,8 +13,8 @@ import numpy as np
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.config import Memory, VtaConfig
-from tvm_vitq.vta.isa import (
+from tvm_vitq.vta.machine.config import Memory, VtaConfig
+from tvm_vitq.vta.machine.isa import (
     Alu,
     AluOp,
     Finish,
@@ -27,7 +27,7 @@ from tvm_vitq.vta.isa import (
     decode_uops,
     indices,
 )
-from tvm_vitq.vta.order import QUEUE_NAMES, follow
+from tvm_vitq.vta.machine.order import QUEUE_NAMES, follow
 
 EXACT_DEPTH = 1024
 """Products of bytes whose sum float32 holds exactly: 1024 * 2^14 = 2^24."""

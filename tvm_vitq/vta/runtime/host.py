@@ -13,9 +13,9 @@ import numpy as np
 
 from tvm_vitq import ffi
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.device import Device, SimulatedDevice
-from tvm_vitq.vta.driver import DriverDevice
-from tvm_vitq.vta.program import PlacedProgram, Program
+from tvm_vitq.vta.runtime.device import Device, SimulatedDevice
+from tvm_vitq.vta.runtime.driver import DriverDevice
+from tvm_vitq.vta.runtime.program import PlacedProgram, Program
 
 LAUNCH = "vitq.vta.launch"
 """The packed function that runs a launch: its number, inputs, results."""

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.vta.assembler import Assembler, Buffer
-from tvm_vitq.vta.blocks import Matrix
-from tvm_vitq.vta.choice import Choose, Schedule
-from tvm_vitq.vta.config import Memory
-from tvm_vitq.vta.contexts import Contexts
-from tvm_vitq.vta.digits import LOW_BITS, digit_weights
-from tvm_vitq.vta.epilogue import Epilogue
-from tvm_vitq.vta.isa import Alu, AluOp, Gemm
-from tvm_vitq.vta.open_tile import FEWEST_ROWS, OpenTile, Part
-from tvm_vitq.vta.requantization import Requantization
-from tvm_vitq.vta.tiles import Size, Tile, choose_tile, estimate, fits, tiles
+from tvm_vitq.vta.machine.config import Memory
+from tvm_vitq.vta.machine.isa import Alu, AluOp, Gemm
+from tvm_vitq.vta.stream.assembler import Assembler, Buffer
+from tvm_vitq.vta.stream.blocks import Matrix
+from tvm_vitq.vta.stream.choice import Choose, Schedule
+from tvm_vitq.vta.stream.contexts import Contexts
+from tvm_vitq.vta.stream.digits import LOW_BITS, digit_weights
+from tvm_vitq.vta.stream.epilogue import Epilogue
+from tvm_vitq.vta.stream.open_tile import FEWEST_ROWS, OpenTile, Part
+from tvm_vitq.vta.stream.requantization import Requantization
+from tvm_vitq.vta.stream.tiles import Size, Tile, choose_tile, estimate, fits, tiles
 
 
 class Product:

@@ -17,28 +17,16 @@ import numpy as np
 
 from tvm_vitq.errors import VitqError
 from tvm_vitq.numerics import Array
-from tvm_vitq.vta.assembler import Buffer, Stream
 from tvm_vitq.vta.check import Region, require_sound
-from tvm_vitq.vta.config import INSTRUCTION_BYTES, PAGE, VtaConfig
-from tvm_vitq.vta.cycles import Cycles, count_cycles
-from tvm_vitq.vta.device import Allocation, Device
-from tvm_vitq.vta.isa import Instruction, Store, decode, encode
-from tvm_vitq.vta.operand import Operand
+from tvm_vitq.vta.machine.config import INSTRUCTION_BYTES, PAGE, VtaConfig
+from tvm_vitq.vta.machine.cycles import Cycles, count_cycles
+from tvm_vitq.vta.machine.isa import Instruction, Store, decode, encode
+from tvm_vitq.vta.runtime.device import Allocation, Device
+from tvm_vitq.vta.stream.assembler import Buffer, Stream
+from tvm_vitq.vta.stream.launch import Launch
+from tvm_vitq.vta.stream.operand import Operand
 
 HEADER = "program.json"
-
-
-@dataclass
-class Launch:
-    """One run of the machine, as the host sees it: tensors in, tensors out.
-
-    macs : multiply-accumulates of its products, padding left out.
-    """
-
-    stream: Stream
-    inputs: list[Operand]
-    outputs: list[Operand]
-    macs: int
 
 
 @dataclass

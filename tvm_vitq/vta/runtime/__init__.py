@@ -1,0 +1,1 @@
+"""Launches on a device: memory, drivers, the host's side, the report."""
