@@ -130,14 +130,14 @@ class _Offload(Rewriter):
         return super().transform(function)
 
     def rewrite(self, node: Call, name: str) -> Expr | None:
+        if op_name(node) == "vitq.int_add":
+            return self.total(node)
         try:
             if op_name(node) == "vitq.int_linear":
                 return self.linear(node, attrs(node))
             if op_name(node) == "vitq.fused_attention":
                 taken = attrs(node)["site"] not in self.notes
                 return self.attention(node, attrs(node), name) if taken else None
-            if op_name(node) == "vitq.int_add":
-                return self.total(node)
         except VitqError as error:
             to = self.notes if op_name(node) == "vitq.int_linear" else self.refused
             to[attrs(node)["site"]] = error.what
@@ -188,7 +188,14 @@ class _Offload(Rewriter):
         while is_movement(source) and len(data_operands(source)) == 1:
             source = self.definition(data_operands(source)[0])
         made, residual = self.conversion(node, site, largest_of(source))
-        launch = linear_launch(site, rows, weight, made, self.config, self.choose)
+        try:
+            launch = linear_launch(site, rows, weight, made, self.config, self.choose)
+        except VitqError as error:
+            if residual is None:
+                raise
+            self.summed.remove(site)
+            self.notes[f"{site}.residual"] = error.what
+            return self.layer(node, site)
         return _Layer(launch, [self.shaped(x, (1, rows, weight.shape[1]), site)], made, bias, residual)
 
     def conversion(self, layer: Call, site: str, largest: int) -> tuple[Conversion, Residual | None]:

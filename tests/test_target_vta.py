@@ -15,6 +15,7 @@ from tvm_vitq import refmodels, targets
 from tvm_vitq.cli import main
 from tvm_vitq.errors import VitqError
 from tvm_vitq.quantized_model import QuantizedModel
+from tvm_vitq.relax_passes import offload_vta
 from tvm_vitq.vta.machine.config import VtaConfig
 
 SIZE = 32
@@ -188,6 +189,24 @@ def test_residual_sums_of_the_cpu(quantized):
     more = {name for name, count in inputs["vta"].items() if count > inputs["cpu"][name]}
     assert more == {"blocks.0.attn.proj", "blocks.0.mlp.fc2"}
     assert reports["cpu"]["cycles"] < reports["vta"]["cycles"]
+
+
+def test_a_sum_that_fits_no_tile_leaves_the_layer_on_vta(quantized, monkeypatch):
+    model = quantized()
+    made = offload_vta.linear_launch
+
+    def without_room(name, rows, weight, conversion, *others):
+        if conversion.epilogue.left is not None:
+            raise VitqError("no tile of the product fits VTA")
+        return made(name, rows, weight, conversion, *others)
+
+    monkeypatch.setattr(offload_vta, "linear_launch", without_room)
+    library = tvm_vitq.compile(model, "vta")
+    report = library.report["vta"]
+    assert report["on_host"] == {"blocks.0.mlp.fc2.residual": "no tile of the product fits VTA"}
+    assert "blocks.0.mlp.fc2" in {row["name"] for row in report["launches"]}
+    images = images_for(model)
+    assert np.array_equal(library(images), model.reference(images))
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,8 @@ class Product:
         return map(asdict, sorted(found, key=lambda tile: estimate(self.sizes, tile, self.config)))
 
     @property
-    def tiles(self) -> int:
-        """How many there are."""
+    def tile_count(self) -> int:
+        """Tiles of the result."""
         return len(list(self._order()))
 
     @property
@@ -151,10 +151,10 @@ class Product:
             weights = digit_weights(self.size)
             contents = Buffer(f"{self.name} digits", weights.size, weights.view(np.uint8).ravel())
             self.asm.load(Memory.WGT, self._staying, contents, 0, 1, len(weights), len(weights))
-        tiles = list(self._order())
-        self._begin_loading(*tiles[0])
+        order = list(self._order())
+        self._begin_loading(*order[0])
         yield
-        for (rows, columns), following in itertools.zip_longest(tiles, tiles[1:]):
+        for (rows, columns), following in itertools.zip_longest(order, order[1:]):
             tile = self._open(rows, columns)
             self.asm.loop(Gemm(reset=True, **tile.over(self.asm)))
             self._add(tile, 3, 2)

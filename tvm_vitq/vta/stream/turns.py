@@ -29,7 +29,7 @@ class _Queue:
 
     def _begin(self) -> None:
         self.product = self.left.popleft()
-        self.tiles, self.steps = self.product.tiles, self.product.steps()
+        self.tiles, self.steps = self.product.tile_count, self.product.steps()
         next(self.steps)
 
     def step(self) -> bool:
