@@ -20,6 +20,9 @@ from tvm_vitq.vta.stream.contexts import Contexts
 
 CONTEXTS = (2, 3, 4)
 
+EVEN = 8
+"""Of the norm that stands for the busiest stage: where others come close, it waits for them now and then."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -141,7 +144,8 @@ def estimate(size: Size, tile: Tile, config: VtaConfig, alone: bool = True) -> f
     # Bytes of a result take turns in one accumulator, while others work on as many tiles; where contexts are
     # too few for that, the next tile in it waits for stores.
     waits = store / size.planes * max(size.planes + 1 - tile.contexts, 0) if size.planes > 1 else 0.0
-    return max(load, compute + waits, store) + first + last
+    busy = (load, compute + waits, store)
+    return sum(cycles**EVEN for cycles in busy) ** (1 / EVEN) + first + last
 
 
 def choose_tile(size: Size, config: VtaConfig, where: str, contexts: Contexts | None = None) -> Tile:
