@@ -207,13 +207,15 @@ def residual_sums(function: relax.Function) -> dict[str, str | None]:
         if op_name(node) != "vitq.int_add":
             continue
         for own, other in (node.args, reversed(node.args)):
-            path, layer = [], own
-            while readers.get(layer) == 1 and is_movement(defined.get(layer)):
-                path.append(op_name(defined[layer]))
-                (layer,) = data_operands(defined[layer])
-            layer = defined.get(layer) if readers.get(layer) == 1 else None
             if is_constant(other):
                 continue
+            path, layer = [], own
+            while readers.get(layer) == 1 and is_movement(moved := defined.get(layer)):
+                if len(data_operands(moved)) != 1:
+                    break
+                path.append(op_name(moved))
+                (layer,) = data_operands(moved)
+            layer = defined.get(layer) if readers.get(layer) == 1 else None
             if op_name(layer) == "vitq.int_linear" and math.prod(shape_of(other)) == math.prod(shape_of(own)):
                 moved = any(name != "relax.reshape" for name in path)
                 found[attrs(layer)["site"]] = "rows move between the layer and the sum" if moved else None

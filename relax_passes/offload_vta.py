@@ -203,6 +203,7 @@ class _Offload(Rewriter):
         if site in self.summed:
             try:
                 residual = residual_of(layer, self.config.block, largest)
+                self.notes.pop(f"{site}.residual", None)
                 return residual.conversion, residual
             except VitqError as error:
                 self.notes[f"{site}.residual"] = error.what
@@ -308,7 +309,11 @@ class _Offload(Rewriter):
             launch = layer_launch(
                 site, heads, v, digits.passes, codes.epilogues, weight, made, self.config, self.choose
             )
-        except VitqError:
-            return None  # then each is a launch of its own, if it can be one
+        except VitqError as error:
+            if site not in self.summed:
+                return None  # then each is a launch of its own, if it can be one
+            self.summed.remove(site)
+            self.notes[f"{site}.residual"] = error.what
+            return self.layer_behind(node, heads, v, digits, zero_v)
         self.behind[site] = _Layer(launch, [constant(codes.constant)], made, bias, residual)
         return self.behind[site]

@@ -8,12 +8,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from timm.models.vision_transformer import VisionTransformer
+from tvm import relax
 from vta_stand_in import build, give_machine, simulated
 
 import tvm_vitq
 from tvm_vitq import refmodels, targets
 from tvm_vitq.cli import main
 from tvm_vitq.errors import VitqError
+from tvm_vitq.ops import call
 from tvm_vitq.quantized_model import QuantizedModel
 from tvm_vitq.relax_passes import offload_vta
 from tvm_vitq.vta.machine.config import VtaConfig
@@ -189,6 +191,18 @@ def test_residual_sums_of_the_cpu(quantized):
     more = {name for name, count in inputs["vta"].items() if count > inputs["cpu"][name]}
     assert more == {"blocks.0.attn.proj", "blocks.0.mlp.fc2"}
     assert reports["cpu"]["cycles"] < reports["vta"]["cycles"]
+
+
+def test_sums_of_what_was_put_together_are_no_layers():
+    """Neither side of the sum is one layer, moved at most."""
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((1, 4, 16), "int32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            twice = [builder.emit(relax.op.concat([x, x], axis=1)) for _ in range(2)]
+            total = builder.emit_output(call("vitq.int_add", twice, out_dtype="int32"))
+        builder.emit_func_output(total)
+    assert offload_vta.residual_sums(builder.get()["main"]) == {}
 
 
 def test_a_sum_that_fits_no_tile_leaves_the_layer_on_vta(quantized, monkeypatch):

@@ -72,6 +72,27 @@ def test_every_schedule_of_scores_gives_the_same():
         assert np.array_equal(placed.run("scores", x)[0], q @ k.swapaxes(-1, -2)), option
 
 
+@pytest.mark.parametrize("head", [0, 1])
+def test_a_bias_that_is_no_product_in_one_head(head):
+    heads = Heads(1, 2, 50, 64, 16)
+    rng = np.random.default_rng(head)
+    weight = rng.integers(-127, 128, (384, 128)).astype(np.int8)
+    bias = rng.integers(-(2**14), 2**14, 384)
+    bias[256 + 64 * head] = 400_000
+    epilogue = Epilogue(bias, rng.integers(9, 12, 384))
+    scores = Scores("qkv", heads, weight, epilogue, True, CONFIG)
+    for option in [scores.schedule, *list(scores.options(scores.schedule))[::40]]:
+        assert scores.accepts(option) and scores.cycles(option)
+    launch, _ = scores.launch()
+    placed = PlacedProgram(Program(CONFIG, {"scores": launch}), SimulatedDevice(CONFIG, size=8 << 20))
+    x = rng.integers(-128, 128, (1, 50, 128)).astype(np.int8)
+    *_, transposed = placed.run("scores", x)
+    codes = np.clip(
+        (x[0].astype(int) @ weight[256:].T.astype(int) + bias[256:]) >> epilogue.shift[256:], -128, 127
+    )
+    assert np.array_equal(transposed[0], codes.T)
+
+
 def test_schedules_that_scores_cannot_have():
     heads = Heads(1, 2, 70, 32, 16)
     weight = np.ones((192, 48), np.int8)

@@ -81,3 +81,23 @@ def test_everything_else_is_sums(out, shifts, bias):
     assert not made.finished and made.dtype == "int32"
     found = requantize(run(x, weight, made) + biases, multiplier, 3, out)
     assert np.array_equal(found, int_linear(x, weight, biases, multiplier, 3, out))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        VtaConfig(log_inp_bytes=12),
+        VtaConfig(log_uop_bytes=6, log_block=3, log_inp_bytes=9, log_wgt_bytes=12, log_acc_bytes=13),
+        VtaConfig(log_uop_bytes=8, log_block=5, log_inp_bytes=12, log_wgt_bytes=18, log_acc_bytes=15),
+    ],
+    ids=lambda config: config.text,
+)
+@pytest.mark.parametrize("rows", [1, 16, 119])
+def test_machines_with_few_inputs_or_micro_ops(config, rows):
+    """Tiles are chosen that their instructions can say."""
+    weight, bias, multiplier = layer(384, 192)
+    x = np.random.default_rng(rows).integers(-128, 128, (rows, 192)).astype(np.int8)
+    made = conversion(weight, bias, multiplier, np.array([0]), CODES)
+    program = Program(config, {"fc": linear_launch("fc", rows, weight, made, config)})
+    found = PlacedProgram(program, SimulatedDevice(config, size=16 << 20)).run("fc", x)[0][0]
+    assert np.array_equal(found, int_linear(x, weight, bias, multiplier, 0, CODES))

@@ -252,6 +252,22 @@ def test_results_that_are_read_again_wait_for_their_store():
     assert max(order.before[n][Stage.STORE] for n, at in enumerate(order.stages) if at == Stage.LOAD) > 0
 
 
+def test_constants_wait_for_what_is_stored_from_their_place():
+    """Accumulators that are loaded anew are those that a store still reads, in the OUT buffer."""
+    assembler = Assembler(CONFIG)
+    table, out = (
+        Buffer("table", 16 * 64, contents=np.zeros(1024, np.uint8)),
+        Buffer("out", 256, written=False),
+    )
+    assembler.load(Memory.ACC, 0, table, 0, 1, 16, 16)
+    begin, end = assembler.uops(np.stack([np.arange(16), np.arange(16), np.zeros(16, int)], 1))
+    assembler.loop(Alu(op=AluOp.SHR, immediate=0, uop_begin=begin, uop_end=end))
+    assembler.store(0, out, 0, 1, 16, 16)
+    assembler.load(Memory.ACC, 0, table, 0, 1, 16, 16)
+    loads = [i for i in assembler.finish().program if isinstance(i, Load) and i.memory == Memory.ACC]
+    assert [load.pop_next for load in loads] == [False, True]
+
+
 def test_a_full_scratchpad_of_micro_ops_is_loaded_anew():
     assembler = Assembler(CONFIG)
     for start in range(5):

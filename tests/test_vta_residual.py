@@ -74,6 +74,8 @@ def test_codes_that_are_small_allow_more():
         ([-1], "multiply", "rounded to even"),
         ([8], "multiply", "may saturate"),
         ([-4, 2], "shift", "32 bits"),
+        ([-40], "shift", "32 bits"),
+        ([-64, 0], "shift", "32 bits"),
         ([0.5], "multiply", "real multipliers"),
     ],
 )

@@ -131,7 +131,7 @@ def _malformed(text: str, part: str) -> VitqError:
         where=f"target {text!r}",
         got=part or "nothing",
         expected='"llvm [-mtriple=<triple>] [-mcpu=<cpu>] [-mattr=+<feature>,...] [-num-cores=<n>]" or "vta '
-        '[-config=<file>] [-driver=<library>] [-residual=vta|cpu] [options of llvm]"',
+        '[-config=<file or name>] [-driver=<library>] [-residual=vta|cpu] [options of llvm]"',
     )
 
 

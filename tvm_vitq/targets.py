@@ -215,7 +215,7 @@ def _vta(options: Mapping[str, Any]) -> VtaConfig:
             "no VTA configuration",
             where="target option -config",
             got=repr(config),
-            expected="a JSON file, or its content",
+            expected=f"a JSON file, its content, or a name such as {VtaConfig().name}",
         )
     if isinstance(config, Mapping):
         found = config_from(config)

@@ -20,6 +20,7 @@ from tvm_vitq.numerics import WIDE_MAX, Array, Output
 from tvm_vitq.vta.launches.linear import LARGEST_SUM, Conversion
 from tvm_vitq.vta.stream.digits import LARGEST, LOW_BITS
 from tvm_vitq.vta.stream.epilogue import Epilogue
+from tvm_vitq.vta.stream.requantization import LARGEST_SHIFT
 
 EXACT_FLOATS = 2**24
 """Integers below are float32."""
@@ -66,11 +67,13 @@ class Residual:
             own = order[start : start + block]
             left[own] = max(int(k[own].max()), 0)
         right = left - k
+        if left.max() >= LOW_BITS or right.max() > LARGEST_SHIFT:
+            raise VitqError("the residual sum does not fit 32 bits", got=f"shifts {k.min()} to {k.max()}")
         half = np.where(k < 0, np.int64(1) << np.maximum(-k - 1, 0), 0)
         constant = (bias.astype(np.int64) + half) << left
         largest_v = (WIDE_MAX << right) + np.abs(constant)
         total = largest_v + (sums << left)
-        if largest_v.max() > LARGEST or total.max() > LARGEST_SUM or left.max() >= LOW_BITS:
+        if largest_v.max() > LARGEST or total.max() > LARGEST_SUM:
             raise VitqError("the residual sum does not fit 32 bits", got=f"shifts {k.min()} to {k.max()}")
         epilogue = Epilogue(None, right, None, None, planes=4, left=left)
         made = Conversion(epilogue, "int32", True, tuple(order.tolist()))

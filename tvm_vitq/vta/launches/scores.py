@@ -19,7 +19,7 @@ from tvm_vitq.vta.launches.heads import Heads, Values, columns_of, rows_of
 from tvm_vitq.vta.launches.linear import whole_sums
 from tvm_vitq.vta.machine.config import VtaConfig
 from tvm_vitq.vta.stream.assembler import Assembler
-from tvm_vitq.vta.stream.blocks import Matrix, constant_matrix
+from tvm_vitq.vta.stream.blocks import Matrix, bias_as_products, constant_matrix
 from tvm_vitq.vta.stream.choice import Choose, Schedule
 from tvm_vitq.vta.stream.contexts import Contexts
 from tvm_vitq.vta.stream.epilogue import Epilogue
@@ -99,12 +99,25 @@ class Scores:
             epilogue.of_channels(self.order.ravel()),
         )
         self.constants = 2 * heads.wide  # bias and shift of v, by row
+        bias = self.epilogue.bias
+        product = isinstance(bias, np.ndarray) and bias_as_products(bias, heads.block) is not None
+        self.epilogue = replace(self.epilogue, bias_is_product=product)  # the same in all heads, as tiles are
         self.sizes: dict[str, Size] = {}
         """Of `PRODUCTS`, once they have been emitted."""
-        self._made = self._emit({"share": SHARES // 2})
+        self._made = self._first()
         schedule = choose(self) if choose else None
         if schedule is not None:
             self._made = self._emit(schedule)
+
+    def _first(self) -> tuple[Launch, Values, Schedule]:
+        """With half of the scratchpads for scores, or as many as let tiles fit."""
+        half = SHARES // 2
+        for share in sorted(range(1, SHARES), key=lambda share: abs(share - half)):
+            try:
+                return self._emit({"share": share})
+            except VitqError as error:
+                refused = error
+        raise refused
 
     @property
     def signature(self) -> str:

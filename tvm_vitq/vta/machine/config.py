@@ -194,7 +194,12 @@ def read_config(path: str | Path) -> VtaConfig:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise VitqError("cannot read the VTA configuration", where=file, got=error.strerror) from error
+        raise VitqError(
+            "cannot read the VTA configuration",
+            where=file,
+            got=error.strerror,
+            expected=f"a JSON file, or a name such as {VtaConfig().name}, of a board {', '.join(BOARDS)}",
+        ) from error
     except ValueError as error:
         raise VitqError("VTA configuration is not JSON", where=file, got=error) from error
     return config_from(data, str(file))

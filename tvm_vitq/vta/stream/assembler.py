@@ -301,9 +301,11 @@ class Assembler:
             far = (self._buffer(buffer), self._words(instruction))
             if isinstance(instruction, Store):
                 return [local], [far]
+            local_writes = [local]
             if instruction.memory == Memory.ACC:
                 self._settled[near] = False
-            return ([far] if buffer.contents is None else []), [local]
+                local_writes.append((self._pads[Memory.OUT], near))  # what is being stored from there
+            return ([far] if buffer.contents is None else []), local_writes
         assert isinstance(instruction, Loop)
         span = self._uops[instruction.uop_begin : instruction.uop_end]
         dst, src, wgt = (np.unique(part) for part in indices(instruction, span))

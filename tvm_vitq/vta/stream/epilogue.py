@@ -28,6 +28,7 @@ class Epilogue:
         `residual`: ``((sum << left) + v) >> shift``. Else None.
 
     bias : int32 [N], `Rows` (then `by_rows`) or None;  shift : int32 [N], 0 to 31.
+    bias_is_product : whether a bias may be one, where it is small enough (`blocks.bias_as_products`).
     by_rows : whether these belong to rows of the result, [M], as where weights are the left operand.
     low, high : 16-bit limits, or None.
     planes : bytes of the result that are stored, the lowest first, each as a matrix of its own.
@@ -40,6 +41,7 @@ class Epilogue:
     planes: int = 1
     by_rows: bool = False
     left: Array | None = None
+    bias_is_product: bool = True
 
     def of_channels(self, chosen: Array | slice) -> Epilogue:
         """That of some channels, in this order."""

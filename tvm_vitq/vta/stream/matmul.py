@@ -156,7 +156,7 @@ class Product:
         yield
         for (rows, columns), following in itertools.zip_longest(order, order[1:]):
             tile = self._open(rows, columns)
-            self.asm.loop(Gemm(reset=True, **tile.over(self.asm)))
+            self.asm.loop(Gemm(reset=True, **tile.over(self.asm, src=self._unread)))
             self._add(tile, 3, 2)
             for number, left in enumerate(self.lefts):
                 if number:
@@ -179,6 +179,13 @@ class Product:
         first = (self.added[-1], rows, columns) if self.added else (self.lefts[0], rows, depth)
         self._load_left(*first)
         self._load_right(columns, depth)
+
+    @property
+    def _unread(self) -> int | None:
+        """The source of resets, which do not read it: the accumulators, whose loops are known then, or the
+        first input where there are fewer inputs.
+        """
+        return None if self.config.depth(Memory.INP) >= self.config.depth(Memory.ACC) else 0
 
     @property
     def _staying(self) -> int:

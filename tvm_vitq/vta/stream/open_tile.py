@@ -61,6 +61,7 @@ class OpenTile:
         row = first + np.arange(self.size if whole else max(count, FEWEST_ROWS))
         dst = self.elements(row) + self.size * columns.start
         source = dst + moved if src is None else src + src_row * row + src_column * columns.start
+        inner = count // self.size if whole else 1
         begin, end = asm.uops(np.stack([dst, source, np.full_like(dst, wgt)], 1))
         return {
             "uop_begin": begin,
@@ -68,9 +69,9 @@ class OpenTile:
             "outer": columns.stop - columns.start,
             "dst_outer": self.size,
             "src_outer": self.size if src is None else src_column,
-            "inner": count // self.size if whole else 1,
-            "dst_inner": step,
-            "src_inner": step if src is None else src_row * self.size,
+            "inner": inner,
+            "dst_inner": step if inner > 1 else 0,
+            "src_inner": (step if src is None else src_row * self.size) if inner > 1 else 0,
         }
 
     def fill(self, asm: Assembler) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Operand:
 
     @classmethod
     def of_digits(cls, name: str, shape: tuple[int, int, int], block: int, order: tuple[int, ...]) -> Operand:
-        """int32 values that are added to results, as `residual.digits`."""
+        """int32 values that are added to results, as `digits.digits`."""
         return replace(cls.made(name, shape, "int32", block, DIGITS), order=order)
 
     def matrices(self, number: int, block: int) -> list[Matrix]:
@@ -66,7 +66,7 @@ class Operand:
 
     def packed(self, tensor: Array, block: int) -> list[Array]:
         """A tensor as the bytes of its buffers."""
-        if len(self.planes) == DIGITS:
+        if len(self.planes) == DIGITS and self.order:
             ordered = np.asarray(tensor).reshape(self.count, self.rows, self.columns)[..., list(self.order)]
             return [self._blocked(digit, block) for digit in digits(ordered)]
         if self.dtype == "int32":

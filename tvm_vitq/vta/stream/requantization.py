@@ -82,7 +82,8 @@ class Requantization:
         return self.size if self.epilogue.by_rows else 1
 
     def _prepare_bias(self, bias: Array, lefts: int) -> None:
-        products = bias_as_products(bias, self.size) if lefts == 1 else None
+        allowed = lefts == 1 and self.epilogue.bias_is_product
+        products = bias_as_products(bias, self.size) if allowed else None
         if products is None:
             self._add_table("bias", self._spread("bias", bias), slice(0, self._count))
             return

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tvm_vitq.errors import VitqError
-from tvm_vitq.vta.machine.config import Memory, VtaConfig
+from tvm_vitq.vta.machine.config import PORTABLE_UOPS, Memory, VtaConfig
 from tvm_vitq.vta.machine.cycles import (
     FIRST_BURST,
     LOAD_START,
@@ -75,12 +75,13 @@ class Size:
 
 def fits(tile: Tile, contexts: Contexts, config: VtaConfig, product: Size) -> bool:
     """Whether a tile fits into each of these contexts, with its bias beside its weights or inputs, and any of
-    the digits that are added.
+    the digits that are added; its rows are micro-ops.
     """
     size, room = config.block, contexts.room
     deep = max(tile.depth + product.row_bias, tile.columns if product.digits else 0)
     return (
         tile.contexts == contexts.count
+        and tile.rows * size <= min(PORTABLE_UOPS, config.depth(Memory.UOP))
         and tile.rows * deep * size <= room[Memory.INP]
         and tile.columns * (tile.depth + 1) <= room[Memory.WGT]
         and tile.rows * tile.columns * size <= room[Memory.ACC]
