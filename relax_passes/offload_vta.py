@@ -292,7 +292,7 @@ class _Offload(Rewriter):
 
     def layer_behind(self, node: Call, heads: Heads, v: Any, digits: Digits, zero_v: Array) -> _Layer | None:
         """The layer behind attention in a launch with it, still without inputs but the rows' constants; None
-        if that cannot be.
+        if that cannot be: then the host makes the codes, and each is a launch of its own, if it can be one.
         """
         layer = self.following.get(attrs(node)["site"])
         codes = Codes.of(node, digits, zero_v, heads.block)
@@ -302,7 +302,7 @@ class _Offload(Rewriter):
         try:
             changed = complemented(layer)
             if changed is None:
-                return None
+                raise VitqError("the layer behind cannot take complements of its inputs")
             largest = max(map(abs, (-1 - attrs(node)["qmin"], -1 - attrs(node)["qmax"])))
             made, residual = self.conversion(changed, site, largest)
             weight, bias = (value_of(a) for a in changed.args[1:3])
@@ -311,7 +311,8 @@ class _Offload(Rewriter):
             )
         except VitqError as error:
             if site not in self.summed:
-                return None  # then each is a launch of its own, if it can be one
+                self.notes[f"{attrs(node)['site']}.codes"] = error.what
+                return None
             self.summed.remove(site)
             self.notes[f"{site}.residual"] = error.what
             return self.layer_behind(node, heads, v, digits, zero_v)

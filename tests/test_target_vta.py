@@ -193,6 +193,22 @@ def test_residual_sums_of_the_cpu(quantized):
     assert reports["cpu"]["cycles"] < reports["vta"]["cycles"]
 
 
+def test_codes_of_attention_that_the_host_makes_are_told(quantized, monkeypatch):
+    """Where attention and the layer behind are no launch together, each is one."""
+    model = quantized()
+
+    def without_room(*given, **named):
+        raise VitqError("no tile of the product fits VTA")
+
+    monkeypatch.setattr(offload_vta, "layer_launch", without_room)
+    library = tvm_vitq.compile(model, "vta")
+    report, why = library.report["vta"], "no tile of the product fits VTA"
+    assert report["on_host"] == {"blocks.0.attn.codes": why, "blocks.0.attn.proj.residual": why}
+    assert {"blocks.0.attn", "blocks.0.attn.proj"} <= {row["name"] for row in report["launches"]}
+    images = images_for(model)
+    assert np.array_equal(library(images), model.reference(images))
+
+
 def test_sums_of_what_was_put_together_are_no_layers():
     """Neither side of the sum is one layer, moved at most."""
     builder = relax.BlockBuilder()

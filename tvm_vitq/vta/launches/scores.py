@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -37,28 +37,6 @@ ROW_BIAS = 1
 
 PRODUCTS = ("layer", "values", "scores")
 """q and k of a head; v of a head; their scores."""
-
-
-@dataclass
-class _Parts:
-    """The scratchpads of both kinds of products.
-
-    share : of `SHARES`, for scores.
-    """
-
-    config: VtaConfig
-    constants: int
-    share: int
-    layer_contexts: int
-    scores_contexts: int
-
-    def __post_init__(self) -> None:
-        rest = SHARES - self.share
-        layer = Contexts(self.config, self.layer_contexts, self.constants, (0, rest, SHARES), ROW_BIAS)
-        scores = Contexts(
-            self.config, self.scores_contexts, self.constants, (rest, self.share, SHARES), ROW_BIAS
-        )
-        self.contexts = {"layer": layer, "values": layer, "scores": scores}
 
 
 class Scores:
@@ -151,7 +129,7 @@ class Scores:
     def options(self, best: Schedule) -> Iterator[Schedule]:
         """Other shares and contexts, with tiles by estimate; then the best schedule with one other tile."""
         for share, *counts in itertools.product((4, 3, 2, 5), CONTEXTS, CONTEXTS):
-            contexts = _Parts(self.config, self.constants, share, *counts).contexts
+            contexts = self._shared(share, *counts)
             try:
                 fitting = {
                     which: asdict(choose_tile(self.sizes[which], self.config, self.name, contexts[which]))
@@ -172,11 +150,20 @@ class Scores:
 
     def _tiles(self, which: str, schedule: Schedule) -> Iterator[Tile]:
         """Those that a product may have instead."""
-        return tiles(self.sizes[which], self.config, self._parts(schedule).contexts[which])
+        return tiles(self.sizes[which], self.config, self._contexts(schedule)[which])
 
-    def _parts(self, schedule: Schedule) -> _Parts:
+    def _contexts(self, schedule: Schedule) -> dict[str, Contexts]:
         counts = (schedule[which]["contexts"] if which in schedule else 2 for which in ("layer", "scores"))
-        return _Parts(self.config, self.constants, schedule["share"], *counts)
+        return self._shared(schedule["share"], *counts)
+
+    def _shared(self, share: int, layer_count: int, scores_count: int) -> dict[str, Contexts]:
+        """Where tiles of each product may be: scores in so many of `SHARES`, the layer in the others."""
+        rest = SHARES - share
+        layer, scores = (
+            Contexts(self.config, count, self.constants, part, ROW_BIAS)
+            for count, part in ((layer_count, (0, rest, SHARES)), (scores_count, (rest, share, SHARES)))
+        )
+        return {"layer": layer, "values": layer, "scores": scores}
 
     def _emit(self, schedule: Schedule) -> tuple[Launch, Values, Schedule]:
         """The launch, v, and the whole schedule: tiles that are not in the given one are those with the best
@@ -187,7 +174,7 @@ class Scores:
         weights = constant_matrix(f"{name} weight", self.weight, block)
         x, qk, v, scores = self._operands()
         values = Values(v, self.v_order)
-        contexts, chosen = self._parts(schedule).contexts, dict(schedule)
+        contexts, chosen = self._contexts(schedule), dict(schedule)
 
         def product(which: str, left: Matrix, right: Matrix, outs: list[Matrix], to: Epilogue) -> Product:
             tile = Tile(**chosen[which]) if which in chosen else None
